@@ -1,0 +1,338 @@
+"""The frozen vision-language model: what PAT and SAN stand on and never change.
+
+A contrastive model puts an image and a sentence on one sphere.  Four things are asked of it here, for two families
+(OpenAI's ViT through open_clip, EVA-02 through timm), behind one small class, `VLM`:
+
+    features(image)        block by block, keep the maps at depths 0, 1/4, 1/2, 3/4 and all tokens at 3/4
+    recognise(pyramid, bias)   Q copies of the cls token run through the remaining blocks; each sees the patches through
+                           its own additive attention bias, so each names its own region          -> (B,Q,E) unit
+    embed_text(names)      14 templates a name, averaged on the sphere                            -> (L,E) unit
+    dense(image)           MaskCLIP: the last block's values, a name for every patch, no training -> (B,E,h,w)
+
+Who attends to whom in `recognise` (rows attend to columns; additive, 0 = freely, -inf = never):
+
+                     cls      patches    copies
+        cls           0          0        -inf
+        patches       0          0        -inf
+        copies      -100       bias       -inf, but 0 on the diagonal
+
+Reference size: ViT-B/16, image (B,3,640,640), CLIP sees 320 -> maps (B,768,20,20) at depths 0,3,6,9, bias (B,12,100,40,40).
+Everything is frozen but the visual position embedding (151,296 numbers for ViT-B/16), as SAN has it.
+
+# paper: frozen CLIP ViT-B/16 or EVA02-B/16.  Recognition with biased cls copies: SAN.
+# ours: the world's tiny CLIP, trained by `python clip.py --pretrain` in about an hour on two cores and shipped as
+#       world_clip.safetensors; `python clip.py` prints its zero-shot accuracy.
+
+Tests: tests/test_clip.py.  Read next: san.py.  B, H, W, C, Q, L: see hsattn.py; E the width of the joint space.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data import MEAN, OBJECTS, STD, STUFFS, TEMPLATES, TEXTURES, InputError, rng_for, run_cli, scene
+
+WORLD_WEIGHTS = Path(__file__).parent / "world_clip.safetensors"
+QUICK_GELU = {"ViT-B-16": "ViT-B-16-quickgelu", "ViT-L-14-336": "ViT-L-14-336-quickgelu"}      # OpenAI's activation
+CLS_BLOCK = -100.0                                            # copy -> cls: as good as -inf, and finite like SAN's
+
+
+def world_clip(image_size=64):
+    """The world's CLIP: patch 8, width 128, 6 blocks; text width 64, 2 blocks, 24 words; joint space 64."""
+    return open_clip.CLIP(64, CLIPVisionCfg(image_size=image_size, patch_size=8, width=128, layers=6, head_width=32),
+                          CLIPTextCfg(context_length=24, width=64, heads=2, layers=2))
+
+
+def open_model(name, pretrained):
+    """(model, tokenizer) of an open_clip name and a tag, a local file, or "none" (random weights).
+
+    Raises InputError when the name is unknown or the weights can neither be found nor downloaded.
+    """
+    if name == "world":
+        model, tokenizer = world_clip(), open_clip.SimpleTokenizer(context_length=24)
+        if pretrained != "none":
+            path = WORLD_WEIGHTS if pretrained == "world" else Path(pretrained)
+            try:
+                model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+            except Exception as error:
+                raise InputError(f"{path}: not the weights of the world's CLIP ({str(error).splitlines()[0]}); "
+                                 "train them with `python clip.py --pretrain`") from error
+        return model, tokenizer
+    name = QUICK_GELU.get(name, name)
+    if name not in open_clip.list_models():
+        raise InputError(f"no VLM is called {name!r}; try world, ViT-B-16, ViT-L-14-336, EVA02-B-16 or EVA02-L-14-336")
+    is_file = Path(pretrained).suffix != "" or os.sep in pretrained
+    if is_file and not Path(pretrained).is_file():
+        raise InputError(f"{pretrained}: no such file; give a checkpoint of {name}, an open_clip tag, or none")
+    try:
+        model = open_clip.create_model(name, pretrained=None if pretrained == "none" else pretrained)
+    except Exception as error:                                # open_clip raises whatever its download raised
+        raise InputError(f"weights {pretrained!r} of {name} cannot be loaded ({str(error).splitlines()[0][:200]}); "
+                         "give a local checkpoint file where there is no network") from error
+    return model, open_clip.get_tokenizer(name)
+
+
+def resize_positions(positions, old, new):
+    """Position embedding (1+old², C), cls first, bicubically on a new grid (h,w) -> (1+h*w, C)."""
+    if (old, old) == tuple(new):
+        return positions
+    grid = positions[1:].unflatten(0, (old, old)).permute(2, 0, 1)[None]                  # (1,C,old,old)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid[0].flatten(1).T])
+
+
+def recognition_mask(bias, grid):
+    """The additive mask of `recognise`, drawn in the header.
+
+    bias (B,heads,Q,hb,wb) is adaptively max-pooled to CLIP's grid (h,w) -> (B,heads,1+P+Q,1+P+Q), order cls, patches,
+    copies.
+    """
+    B, heads, Q = bias.shape[:3]
+    P = grid[0] * grid[1]
+    mask = bias.new_zeros(B, heads, 1 + P + Q, 1 + P + Q)
+    mask[..., 1 + P:] = float("-inf")                         # nobody attends to a copy ...
+    copies = torch.arange(1 + P, 1 + P + Q, device=bias.device)
+    mask[..., copies, copies] = 0                             # ... but the copy itself
+    mask[..., 1 + P:, 0] = CLS_BLOCK
+    pooled = F.adaptive_max_pool2d(bias.flatten(0, 1), grid)                              # (B*heads,Q,h,w)
+    mask[..., 1 + P:, 1:1 + P] = pooled.view(B, heads, Q, P)
+    return mask
+
+
+@dataclass
+class Pyramid:
+    """maps: four (B,C,h,w) at depths 0, 1/4, 1/2, 3/4; tokens (B,1+P,C) at depth 3/4, cls first; grid (h,w)."""
+
+    maps: list
+    tokens: torch.Tensor
+    grid: tuple
+
+
+class VLM(nn.Module):
+    """One interface over open_clip's ViT and timm's EVA; see the header.
+
+    `scale`: CLIP sees the image at this fraction of its size.  `depths`: after how many blocks to keep a map, four
+    numbers starting with 0; by default quarters of the number of blocks.
+    """
+
+    def __init__(self, model, tokenizer, scale, depths=None):
+        super().__init__()
+        self.model, self.tokenizer, self.scale, self.cache = model, tokenizer, scale, {}
+        visual = self.model.visual
+        self.eva = hasattr(visual, "trunk")
+        self.width = self.positions.shape[-1]
+        self.heads = self.blocks[0].attn.num_heads
+        self.old_grid = (visual.trunk.patch_embed if self.eva else visual).grid_size[0]
+        projection = getattr(self.model, "text", self.model).text_projection              # EVA keeps it in a text tower
+        self.text_width = projection.shape[-1] if torch.is_tensor(projection) else projection.out_features
+        quarter = len(self.blocks) // 4
+        self.depths = tuple(depths) if depths else (0, quarter, 2 * quarter, 3 * quarter)
+        self.requires_grad_(False)
+        self.positions.requires_grad_(True)
+
+    @property
+    def blocks(self):
+        return self.model.visual.trunk.blocks if self.eva else self.model.visual.transformer.resblocks
+
+    @property
+    def positions(self):
+        """The one part of CLIP that is trained: (1+P,C), with EVA (1,1+P,C)."""
+        return self.model.visual.trunk.pos_embed if self.eva else self.model.visual.positional_embedding
+
+    @property
+    def logit_scale(self):
+        return self.model.logit_scale.exp()
+
+    def run(self, blocks, x, grid, mask=None):
+        """Run tokens (B,1+P[+Q],C) through blocks; `mask` (B,heads,T,T) is additive."""
+        if not self.eva:
+            for block in blocks:
+                x = block(x, attn_mask=None if mask is None else mask.flatten(0, 1))
+            return x
+        rope = self.model.visual.trunk.rope.get_embed(shape=grid)                         # (P,2d): sines, then cosines
+        extra = x.shape[1] - 1 - len(rope)                    # the copies come last and are not rotated: sin 0, cos 1
+        still = torch.cat([rope.new_zeros(extra, rope.shape[1] // 2), rope.new_ones(extra, rope.shape[1] // 2)], 1)
+        rope = torch.cat([rope, still])
+        for block in blocks:
+            x = block(x, rope=rope, attn_mask=mask)
+        return x
+
+    def features(self, image):
+        """image (B,3,H,W), CLIP-normalised, at full size -> Pyramid.  H and W times `scale` are rounded down."""
+        if self.scale != 1:
+            image = F.interpolate(image, scale_factor=self.scale, mode="bilinear", align_corners=False)
+        visual = self.model.visual
+        x = visual.trunk.patch_embed.proj(image) if self.eva else visual.conv1(image)     # (B,C,h,w)
+        grid = tuple(x.shape[-2:])
+        x = x.flatten(2).transpose(1, 2)
+        cls = visual.trunk.cls_token if self.eva else visual.class_embedding
+        x = torch.cat([cls.view(1, 1, -1).expand(len(x), -1, -1), x], 1)                  # (B,1+P,C)
+        x = x + resize_positions(self.positions.view(-1, self.width), self.old_grid, grid)
+        if not self.eva:
+            x = visual.ln_pre(x)
+        maps = []
+        for start, stop in zip((0,) + self.depths, self.depths):
+            x = self.run(self.blocks[start:stop], x, grid)
+            maps.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))                      # (B,C,h,w)
+        return Pyramid(maps, x, grid)
+
+    def project(self, x):
+        """Tokens (B,T,C) after the last block -> the joint space (B,T,E), unit length."""
+        if self.eva:
+            trunk = self.model.visual.trunk
+            x = trunk.head(trunk.fc_norm(trunk.norm(x)))
+        else:
+            x = self.model.visual.ln_post(x) @ self.model.visual.proj
+        return F.normalize(x, dim=-1)
+
+    def recognise(self, pyramid, bias):
+        """bias (B,heads,Q,hb,wb) on any grid -> (B,Q,E) unit: what each copy of the cls token saw through its bias."""
+        Q = bias.shape[2]
+        copies = pyramid.tokens[:, :1].expand(-1, Q, -1)                                  # (B,Q,C)
+        x = torch.cat([pyramid.tokens, copies], 1)
+        mask = recognition_mask(bias, pyramid.grid).to(x.dtype)
+        x = self.run(self.blocks[self.depths[-1]:], x, pyramid.grid, mask)
+        return self.project(x[:, -Q:])
+
+    def dense(self, image):
+        """MaskCLIP: every patch named by the last block's value path alone. image (B,3,H,W) -> (B,E,h,w) unit."""
+        pyramid = self.features(image)
+        x = self.run(self.blocks[self.depths[-1]:-1], pyramid.tokens, pyramid.grid)
+        last = self.blocks[-1]
+        if self.eva:
+            attn, y = last.attn, last.norm1(x)
+            v = attn.v_proj(y) if attn.qkv is None else F.linear(y, attn.qkv.weight.chunk(3)[2], attn.v_bias)
+            x = attn.proj(attn.norm(v))
+        else:
+            attn = last.attn
+            v = F.linear(last.ln_1(x), attn.in_proj_weight.chunk(3)[2], attn.in_proj_bias.chunk(3)[2])
+            x = attn.out_proj(v)
+        return self.project(x[:, 1:]).transpose(1, 2).unflatten(2, pyramid.grid)
+
+    @torch.no_grad()
+    def embed_text(self, names):
+        """names (L strings) -> (L,E) unit: the mean over the templates of each sentence's unit embedding, renormalised."""
+        names = tuple(names)
+        device = self.positions.device
+        if (names, device) not in self.cache:
+            rows = []
+            for name in names:                                # a name at a time: 847 names * 14 do not fit in one batch
+                tokens = self.tokenizer([template.format(name) for template in TEMPLATES])
+                rows.append(self.model.encode_text(tokens.to(device), normalize=True).mean(0))
+            self.cache[names, device] = F.normalize(torch.stack(rows), dim=-1)
+        return self.cache[names, device]
+
+
+# --- training the world's CLIP: `python clip.py --pretrain` --------------------------------------------------------
+
+
+def captions(things, grounds, grain):
+    """The names that are true of a scene at one grain; a scene without objects falls back to its stuffs."""
+    objects = [OBJECTS[kind] for kind, _ in things]
+    return {"names": objects + grounds, "objects": objects, "stuffs": grounds,
+            "textured": [f"{TEXTURES[texture]} {OBJECTS[kind]}" for kind, texture in things],
+            "colours": [name.split()[0] for name in objects],
+            "shapes": [name.split()[1] for name in objects]}[grain] or grounds
+
+
+def pretrain_batch(step, n, size, seed):
+    """Images (n,3,size,size), the batch's captions, and which caption is true of which image (n,captions).
+
+    One grain of caption a batch: mixed grains punish "red star" for not being "star".  32 pixels: a single object.
+    64 pixels: one third single objects, two thirds scenes of up to four.
+    """
+    rng = rng_for(seed, 77, step, size)
+    grain = rng.choice(["names", "objects", "textured", "colours", "shapes", "stuffs"], p=[.35, .35, .1, .06, .08, .06])
+    template = (TEMPLATES + ("{}",) * 3)[rng.integers(len(TEMPLATES) + 3)]
+    images, names = [], []
+    for i in range(n):
+        single = size == 32 or i % 3 == 0
+        objects = (1, 1) if single else (i % 3 - 1, 4)
+        image, _, things, grounds = scene(rng_for(seed, 78, step, i, size), size, objects, stuffs=(1, 1 if single else 2))
+        images.append(torch.from_numpy(image))
+        names.append(set(captions(things, grounds, grain)))
+    vocabulary = sorted(set().union(*names))
+    true = torch.tensor([[float(name in own) for name in vocabulary] for own in names])
+    images = torch.stack(images).permute(0, 3, 1, 2).float() / 255
+    images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return images, [template.format(name) for name in vocabulary], true
+
+
+def multi_positive(logits, true):
+    """Cross-entropy against all true columns alike: logits, true (n,m) -> scalar."""
+    return -(true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+
+
+@torch.no_grad()
+def zero_shot(vlm, n, size=64, seed=999):
+    """Share of n single-object scenes whose colour+shape name, among 64, is the nearest: (both, colour, shape)."""
+    text, hits = vlm.embed_text(OBJECTS), []
+    for i in range(n):
+        image, _, things, _ = scene(rng_for(seed, i), size, (1, 1), stuffs=(1, 1))
+        if things:
+            x = (torch.from_numpy(image).permute(2, 0, 1).float() / 255 - torch.tensor(MEAN).view(3, 1, 1))
+            x = (x / torch.tensor(STD).view(3, 1, 1))[None]
+            said, true = (vlm.model.encode_image(x, normalize=True) @ text.T).argmax().item(), things[0][0]
+            hits.append((said == true, said // 8 == true // 8, said % 8 == true % 8))
+    return torch.tensor(hits).float().mean(0).tolist()
+
+
+def pretrain_stage(model, tokenizer, size, steps, n, lr, seed):
+    """Train in place.  Muon for the matrices of the blocks (plain AdamW left shape at chance), AdamW for the rest."""
+    from tqdm import trange
+
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "resblocks" in name]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, betas=(0.9, 0.98))]
+    for step in (bar := trange(steps, desc=f"CLIP at {size}x{size}")):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = lr * min(1, (step + 1) / 100) * (1 - step / steps)
+        images, sentences, true = pretrain_batch(step, n, size, seed)
+        f, t = model.encode_image(images, normalize=True), model.encode_text(tokenizer(sentences), normalize=True)
+        logits = model.logit_scale.exp() * f @ t.T                                        # (n,captions)
+        loss = (multi_positive(logits, true) + multi_positive(logits.T, true.T)) / 2
+        model.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(50))
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def pretrain(path, seed=0, steps=(2500, 4500)):
+    """The recipe: 320k single objects at 32x32, then, the position grid tiled 2x2, 288k scenes at 64x64."""
+    torch.manual_seed(seed)
+    small, big, tokenizer = world_clip(32), world_clip(64), open_clip.SimpleTokenizer(context_length=24)
+    pretrain_stage(small, tokenizer, 32, steps[0], 128, 2e-3, seed)
+    state = small.state_dict()
+    positions = state["visual.positional_embedding"]                                      # (1+4*4,C)
+    tiled = positions[1:].view(4, 4, -1).repeat(2, 2, 1).flatten(0, 1)                    # 8x8: four small pictures
+    big.load_state_dict({**state, "visual.positional_embedding": torch.cat([positions[:1], tiled])})
+    pretrain_stage(big, tokenizer, 64, steps[1], 64, 1e-3, seed)
+    save_file({k: v.half() for k, v in big.state_dict().items()}, path)
+
+
+def main():
+    import argparse
+
+    parser = argparse.ArgumentParser(description="the world's CLIP: zero-shot accuracy, or training it")
+    parser.add_argument("--pretrain", action="store_true", help=f"train it and write {WORLD_WEIGHTS.name}")
+    if parser.parse_args().pretrain:
+        pretrain(WORLD_WEIGHTS)
+    both, colour, shape = zero_shot(VLM(*open_model("world", "world"), scale=1.0, depths=(0, 2, 3, 4)), 2048)
+    print(f"zero-shot over 64 names, 2,048 single-object scenes: {both:.3f} (colour {colour:.3f}, shape {shape:.3f})")
+
+
+if __name__ == "__main__":
+    run_cli(main)

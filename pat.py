@@ -1,0 +1,297 @@
+"""PAT: a pyramid of tokens over a frozen CLIP, decoded into pixels and into masks (Eq. 2, Fig. 3 and 4).
+
+image ──┬─> frozen CLIP ──> F0, F3, F6, F9 ──fusion──> f0, f3, f6, f9 (B,240,40,40)
+        └─> side ViT: patches z (B,1600,240), global tokens q (B,100,240)
+
+ pixel branch, for f3, f6, f9 = early, mid, late (bottom-up, knows nothing of q or of the side blocks):
+    x  = stem(image) if early else Down(x before)       (B,240,40s,40s)   s = 4, 2, 1
+    u  = Up_s(f) + x                                    (B,240,40s,40s)
+    zq = vMFVQ(E, W_pre u)                              (B,32,40s,40s)    128, 64, 32 codes: the detachable tokenizer
+ semantic branch, after side blocks 1, 2, 3:
+    z  = z + f                                          (B,1600,240)      SAN's fusion
+    t  = W_tok g(E) [+ Mix(t before)]                   (B,N,240)         one local token a code
+    t  = LN(t + HSAttn(t, z, z))                        (B,N,240)         moved by mean shift over this image
+    q  = LN(q + Attn(q + Mix(t), z, z))                 (B,100,240)       global tokens, on into the next side block
+ latent: zq = vMFVQ(256 codes, W_pre z8) (B,32,40,40).  All four zq and q8 go to the decoder (decoder.py); its masks are
+ named by CLIP exactly as SAN's are.  The branches share f, the fusion and the codebooks E; pyramid zq uses E itself,
+ the semantic branch the moved copy t.  That is what makes the tokenizer detachable.
+
+# paper: Eq. 2; scales 4, 2, 1; codebooks 128, 64, 32, 256; the pixel residual; TokenMixer; all switches of Table II.
+# ours: residual and LN around HSAttn and Attn; stem and Down as 3x3 stride-2 convolutions; TokenMixer as a 3-layer GELU
+#       MLP along the token axis; "unified" gives all four stages one codebook through one linear.
+
+Demo: `python pat.py` counts the parameters of the reference size.  Tests: tests/test_pat.py.  Read next: losses.py.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+
+from data import InputError
+from decoder import Decoder, Up, log2
+from hsattn import Attn, HSAttn
+from san import MLP, SAN, SANConfig, trainable
+from vq import vMFVQ
+
+PYRAMID = ("early", "mid", "late")
+STAGES = PYRAMID + ("latent",)
+
+
+@dataclass
+class PATConfig(SANConfig):
+    """Every number and every switch of the model; defaults are the paper's."""
+
+    model: str = "pat"                 # pat or san
+    preset: str = "coco"               # which preset these numbers started from
+    seed: int = 0                      # of the weights and of every draw in training
+    short_side: int = 640              # pixels of the shorter image side at test time, and of the training crop
+    long_side: int = 2560              # the longer side is at most this
+    codes: tuple = (128, 64, 32, 256)  # K of early, mid, late, latent
+    code_dim: int = 32                 # D
+    kappa: float = 30.0                # concentration of HSAttn (Mean Shift Mask Transformer's)
+    hs_heads: int = 8                  # heads of HSAttn and of the global tokens' Attn
+    mixer_hidden: int = 256            # TokenMixer
+    decoder_width: int = 256
+    decoder_heads: int = 8
+    spade_hidden: int = 128
+    decoder_attention: str = "pooled"  # or "full": keys and values at full resolution
+    scales: tuple = (4, 2, 1)          # Table II: 4 4 4 and 1 1 1
+    vmf: bool = True                   # Table II: --no-vmf, dot-product VQ and plain attention
+    mixer: bool = True                 # Table II: --no-mixer, no token flow between stages and to the global tokens
+    residual: bool = True              # Table II: --no-residual, no pixels in the pyramid
+    unified: bool = False              # Table II: --unified, one embedding is queries and every codebook
+    separate_decoders: bool = False    # Table II: --separate-decoders, one for pixels, one for masks
+    decoder_stages: tuple = PYRAMID    # Table II: --decoder-stages mid late | late | (nothing)
+
+
+def preset(name, **changes):
+    """The model of a preset: "world" (default run), "coco" (the paper's, CLIP ViT-B/16), "coco-eva" (EVA02-B/16)."""
+    if name == "world":
+        numbers = dict(vlm="world", pretrained="world", clip_scale=1.0, depths=(0, 2, 3, 4), width=96, depth=4, heads=6,
+                       patch=8, grid=8, queries=20, head_width=96, short_side=64, long_side=256, hs_heads=6,
+                       mixer_hidden=96, decoder_width=64, decoder_heads=4, spade_hidden=32)
+    elif name == "coco":
+        numbers = {}
+    elif name == "coco-eva":
+        numbers = dict(vlm="EVA02-B-16", pretrained="merged2b_s8b_b131k")
+    else:
+        raise InputError(f"no preset is called {name!r}; there are world, coco and coco-eva")
+    return PATConfig(**{"preset": name, **numbers, **changes})
+
+
+class TokenMixer(nn.Module):
+    """N tokens become M by a 3-layer MLP along the token axis, the same for every channel."""
+
+    def __init__(self, tokens_in, tokens_out, hidden):
+        super().__init__()
+        self.mlp = MLP(tokens_in, hidden, hidden, tokens_out, act=F.gelu)
+
+    def forward(self, t):
+        """(B,N,S) -> (B,M,S)"""
+        return self.mlp(t.transpose(1, 2)).transpose(1, 2)
+
+
+def halvings(first, width, times):
+    """The stem: `times` 3x3 stride-2 convolutions with GELU between, 64 channels inside, first -> width."""
+    widths = [first] + [64] * (times - 1) + [width]
+    layers = []
+    for a, b in zip(widths, widths[1:]):
+        layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class PixelBranch(nn.Module):
+    """The detachable tokenizer: image and three fused maps -> tokens of early, mid, late."""
+
+    def __init__(self, *, width, codes, code_dim, scales, patch, vmf, residual, unified):
+        super().__init__()
+        self.up = nn.ModuleDict({s: Up(width, scale) for s, scale in zip(PYRAMID, scales)})
+        self.vq = nn.ModuleDict({s: vMFVQ(width, 0 if unified else k, code_dim, vmf) for s, k in zip(PYRAMID, codes)})
+        self.down = None
+        if residual:
+            steps = dict(zip(PYRAMID, (a / b for a, b in zip((patch, *scales), scales))))
+            self.down = nn.ModuleDict({"early": halvings(3, width, log2(steps["early"], "the stem"))})
+            for stage in PYRAMID[1:]:
+                if steps[stage] not in (1, 2):
+                    raise InputError(f"--scales {' '.join(map(str, scales))}: each is the one before it, or half of it")
+                self.down[stage] = nn.Conv2d(width, width, 3, int(steps[stage]), 1)
+
+    def forward(self, image, f, codes):
+        """image (B,3,H,W), f three maps (B,S,g,g), codes: stage -> (K,D) or None -> stage -> Tokens"""
+        found, x = {}, image
+        for stage, map_ in zip(PYRAMID, f):
+            u = self.up[stage](map_)                                                      # (B,S,g*s,g*s)
+            if self.down is not None:
+                x = self.down[stage](x)                                                   # (B,S,g*s,g*s)
+                u = u + x
+            found[stage] = self.vq[stage](u, codes[stage])
+        return found
+
+
+class SemanticStage(nn.Module):
+    """Local tokens t from the codes and this image, global tokens q from t and this image."""
+
+    def __init__(self, *, width, code_dim, tokens, tokens_before, queries, heads, kappa, hidden, vmf, mixer, unified):
+        super().__init__()
+        self.mixer = mixer                                    # without it t reaches nothing, so there is no t
+        if mixer:
+            self.tok = None if unified else nn.Linear(code_dim, width)                    # W_tok
+            self.mix_before = TokenMixer(tokens_before, tokens, hidden) if tokens_before else None
+            self.hsattn = HSAttn(width, heads, kappa) if vmf else Attn(width, heads)
+            self.norm_t, self.mix = nn.LayerNorm(width), TokenMixer(tokens, queries, hidden)
+        self.attn, self.norm_q = Attn(width, heads), nn.LayerNorm(width)
+
+    def forward(self, codes, q, z, t_before):
+        """codes (K,D), q (B,Q,S), z (B,P,S), t_before (B,N',S) or None -> t (B,N,S) or None, q (B,Q,S)"""
+        if not self.mixer:
+            return None, self.norm_q(q + self.attn(q, z, z))
+        t = q if self.tok is None else self.tok(codes).expand(len(q), -1, -1)             # (B,N,S)
+        if self.mix_before is not None:
+            t = t + self.mix_before(t_before)
+        t = self.norm_t(t + self.hsattn(t, z, z))
+        return t, self.norm_q(q + self.attn(q + self.mix(t), z, z))
+
+
+class PAT(SAN):
+    """The whole model.  `model(image, text)` -> SAN's dict plus image (B,3,H,W) in [0,1] units and tokens per stage."""
+
+    def build(self):
+        c = self.config
+        for stage in c.decoder_stages:
+            if stage not in PYRAMID:
+                raise InputError(f"--decoder-stages {stage}: there are {', '.join(PYRAMID)}")
+        sizes = [c.queries] * 3 if c.unified else list(c.codes[:3])
+        self.pixels = PixelBranch(width=c.width, codes=c.codes[:3], code_dim=c.code_dim, scales=c.scales, patch=c.patch,
+                                  vmf=c.vmf, residual=c.residual, unified=c.unified)
+        self.latent = vMFVQ(c.width, 0 if c.unified else c.codes[3], c.code_dim, c.vmf)
+        self.to_code = nn.Linear(c.width, c.code_dim) if c.unified else None
+        self.semantic = nn.ModuleList(
+            SemanticStage(width=c.width, code_dim=c.code_dim, tokens=n, tokens_before=before, queries=c.queries,
+                          heads=c.hs_heads, kappa=c.kappa, hidden=c.mixer_hidden, vmf=c.vmf, mixer=c.mixer,
+                          unified=c.unified)
+            for n, before in zip(sizes, [0, *sizes]))
+
+        def decoder(*tasks):
+            return Decoder(code_dim=c.code_dim, query_width=c.width, width=c.decoder_width, heads=c.decoder_heads,
+                           spade_hidden=c.spade_hidden, scales=c.scales, patch=c.patch, clip_heads=self.vlm.heads,
+                           stages=c.decoder_stages, tasks=tasks, full_attention=c.decoder_attention == "full")
+
+        self.decoder = decoder("masks") if c.separate_decoders else decoder("masks", "pixels")
+        self.pixel_decoder = decoder("pixels") if c.separate_decoders else None
+        for stage, vq in self.quantisers().items():           # steps since each code's last use, for restarts
+            vq.register_buffer("idle", torch.zeros(len(self.codebook(stage)), dtype=torch.int64))
+
+    def quantisers(self):
+        return {**self.pixels.vq, "latent": self.latent}
+
+    def unified_codes(self):
+        """The one codebook of the "unified" ablation, (Q,D), or None."""
+        return None if self.to_code is None else self.to_code(self.side.query_embed[0])
+
+    def codebook(self, stage):
+        """The codes of a stage as they are used, (K,D)."""
+        return self.quantisers()[stage].codes(self.unified_codes())
+
+    def forward(self, image, text):
+        """image (B,3,H,W) CLIP-normalised, text (L,E) unit -> dict(masks, classes, image, tokens); see SAN.forward."""
+        pyramid, f = self.fuse(image)
+        given = dict.fromkeys(STAGES, self.unified_codes())
+        tokens = self.pixels(image, f[1:], given)
+        t = None
+
+        def update(i, q, z):                                  # what happens between two side blocks
+            nonlocal t
+            codes = self.pixels.vq[PYRAMID[i - 1]].codes(given[PYRAMID[i - 1]])
+            t, q = self.semantic[i - 1](codes, q, z, t)
+            return q
+
+        q, z = self.side(image, f, update)[-1]
+        tokens["latent"] = self.latent(z.transpose(1, 2).unflatten(2, f[0].shape[-2:]), given["latent"])
+        zq = {stage: found.zq for stage, found in tokens.items()}
+        out = self.decoder(zq, q)
+        if self.pixel_decoder is not None:
+            out["image"] = self.pixel_decoder(zq)["image"]
+        classes = [self.classify(pyramid, bias, text) for bias in out.pop("bias")]
+        return dict(out, classes=classes, tokens=tokens)
+
+
+def build(config):
+    """SAN or PAT, as `config.model` says.  Raises InputError for numbers that do not fit together."""
+    if config.model not in ("pat", "san"):
+        raise InputError(f"no model is called {config.model!r}; there are pat and san")
+    return (PAT if config.model == "pat" else SAN)(config)
+
+
+# --- checkpoints: one safetensors file beside one JSON ---------------------------------------------------------------
+
+
+def trained_state(model):
+    """What training changes: trained parameters and our buffers, not the frozen VLM.  name -> tensor"""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {**trained, **{name: b for name, b in model.named_buffers() if not name.startswith("vlm.")}}
+
+
+def fingerprint(model):
+    """A checksum of the frozen VLM, so that a checkpoint is not joined to other CLIP weights."""
+    digest = hashlib.sha256()
+    for _, p in sorted(model.vlm.named_parameters()):
+        if not p.requires_grad:
+            digest.update(p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_weights(model, path):
+    """Load the trained part of a checkpoint.  Raises InputError unless names, shapes and the VLM agree."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = {key[6:]: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}
+            metadata = file.metadata() or {}
+    except Exception as error:
+        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); it may be truncated: "
+                         "copy it again or train again") from error
+    own = trained_state(model)
+    wrong = sorted(key for key in own.keys() | state.keys()
+                   if key not in own or key not in state or own[key].shape != state[key].shape)
+    if wrong:
+        raise InputError(f"{path}: {len(wrong)} entries do not fit this model, the first is {wrong[0]}; "
+                         "it belongs to another preset or other switches")
+    if metadata.get("vlm") != fingerprint(model):
+        raise InputError(f"{path}: was trained over other CLIP weights than {model.config.pretrained!r}")
+    with torch.no_grad():
+        for key, value in state.items():
+            own[key].copy_(value)
+
+
+def load_config(run, config_class=PATConfig):
+    """The config of a run directory.  Raises InputError if config.json is missing or damaged."""
+    try:
+        stored = json.loads((Path(run) / "config.json").read_text())
+        known = {field.name for field in fields(config_class)}
+        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{run}: not a run directory (config.json: {error}); make one with `python train.py`") from error
+
+
+def load_run(run, device="cpu"):
+    """(model in eval mode, config) of a run directory with config.json and checkpoint.safetensors.
+
+    Raises InputError, naming the file, when one is missing, damaged or belongs to another model.
+    """
+    config, path = load_config(run), Path(run) / "checkpoint.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; the run has not written a checkpoint yet")
+    torch.manual_seed(config.seed)                            # random CLIP weights (pretrained "none") come from the seed
+    model = build(config)
+    load_weights(model, path)
+    return model.to(device).eval(), config
+
+
+if __name__ == "__main__":
+    for name in ("world", "coco"):
+        print(f"PAT, {name}: {trainable(build(preset(name, pretrained='none'))):,} trainable parameters")

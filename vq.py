@@ -1,0 +1,136 @@
+"""Vector quantisation on the sphere: each feature takes the one code it points to most.
+
+A codebook of K unit vectors e_k is read as K von Mises-Fisher components of equal weight and equal concentration kappa.
+The posterior of a feature x is softmax_k(kappa e_kᵀx) and its mode does not depend on kappa > 0 or on |x|:
+
+    index = argmax_k  g(e_k)ᵀ g(x)          over the CODES, for each feature (HSAttn's softmax runs over the features)
+    zq    = g(e_index)                      forward; the gradient goes straight through to g(x)
+    L_VQ  = mean |sg(g(x)) - zq|² + 0.25 mean |g(x) - sg(zq)|²          codes to features + features to codes
+
+    u (B,S,h,w) = (2,240,160,160)  ->  zq (B,32,h,w), index (B,h,w) in 0..K-1
+
+# paper: Eq. 1 (hard assignment), codebooks of 128, 64, 32 and 256 codes of 32 dimensions.
+# ours: L2-normalised codes with ViT-VQGAN's losses and factorised code width; N(0,1) init; codes are plain parameters,
+#       trained by gradient, because the semantic branch moves and trains them too; dead codes may restart.
+
+A healthy codebook is three numbers, never perplexity alone: codes that all sit on one point can be used evenly.
+
+Demo: `python vq.py` quantises the colours of a world scene.  Tests: tests/test_vq.py.  Read next: clip.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hsattn import g
+
+
+def assign(x, codes):
+    """Each feature's code by largest cosine, ties to the lowest index.
+
+    x (n,D) of any length, codes (K,D) of any length -> index (n) int64, code (n,D) unit, cosine (n) in [-1,1].
+    """
+    cosine, index = (g(x) @ g(codes).T).max(1)                                            # over the codes
+    return index, g(codes)[index], cosine
+
+
+def straight_through(x, code):
+    """The value of `code` with the gradient of `x`."""
+    return x + (code - x).detach()
+
+
+@dataclass
+class Tokens:
+    """What one quantiser returns: zq (B,D,h,w), index (B,h,w), x (B,D,h,w) the features it quantised, loss, counts (K)."""
+
+    zq: torch.Tensor
+    index: torch.Tensor
+    x: torch.Tensor
+    loss: torch.Tensor
+    counts: torch.Tensor
+
+
+class vMFVQ(nn.Module):
+    """W_pre, a codebook, and the hard assignment.
+
+    `codes=None` builds no codebook of its own: the caller passes one (the "unified tokens" ablation).
+    `vmf=False` is Eq. 1's VQ without the sphere: argmax of the dot product, raw vectors throughout.
+    """
+
+    def __init__(self, width, codes, dim=32, vmf=True, commitment=0.25):
+        super().__init__()
+        self.pre = nn.Conv2d(width, dim, 1)
+        self.codebook = nn.Parameter(torch.randn(codes, dim)) if codes else None
+        self.vmf, self.commitment = vmf, commitment
+
+    def codes(self, given=None):
+        """The codes as they are used, (K,D): on the sphere unless `vmf=False`."""
+        codes = self.codebook if given is None else given
+        return g(codes) if self.vmf else codes
+
+    def forward(self, u, given=None):
+        """u (B,S,h,w) [, a codebook (K,D)] -> Tokens"""
+        codes = self.codes(given)                                                         # (K,D)
+        x = self.pre(u).permute(0, 2, 3, 1).float()                                       # (B,h,w,D)
+        if self.vmf:
+            x = g(x)
+            index, code, _ = assign(x.flatten(0, 2), codes)
+        else:
+            index = (x.flatten(0, 2) @ codes.T).argmax(1)
+            code = codes[index]
+        code = code.view_as(x)
+        loss = F.mse_loss(code, x.detach()) + self.commitment * F.mse_loss(x, code.detach())
+        counts = torch.bincount(index, minlength=len(codes))
+        zq = straight_through(x, code)
+        return Tokens(zq.permute(0, 3, 1, 2), index.view(x.shape[:3]), x.permute(0, 3, 1, 2), loss, counts)
+
+
+def codebook_health(counts, codes, x=None):
+    """The numbers that tell a living codebook from a dead one.
+
+    counts (K) uses of each code, codes (K,D), x (n,D) some features ->
+    dict: `perplexity` exp(entropy of use), 1..K; `used` codes chosen at least once; `cosine` mean cosine between
+    different used codes (1 = all on one point); `bf16` share of indices that survive rounding x to bf16 and back
+    (only when x is given).
+    """
+    p = counts.double() / counts.sum().clamp(min=1)
+    used = g(codes.detach().double())[counts > 0]
+    n = len(used)
+    health = dict(perplexity=torch.exp(-(p * p.clamp(min=1e-300).log()).sum()).item(), used=n,
+                  cosine=((used.sum(0).square().sum() - n) / (n * (n - 1))).item() if n > 1 else float("nan"))
+    if x is not None:
+        stable = assign(x, codes)[0] == assign(x.bfloat16().float(), codes)[0]
+        health["bf16"] = stable.float().mean().item()
+    return health
+
+
+@torch.no_grad()
+def restart_dead_codes(codebook, idle, counts, candidates, restart_after):
+    """Put codes that nobody chose for `restart_after` steps onto features of this batch, in place.
+
+    codebook (K,D), idle (K) int64 steps since each code's last use, counts (K) of this step over all processes,
+    candidates (K,D) one feature per code, the same on every process.  Returns how many codes restarted.
+    """
+    idle += 1
+    idle[counts > 0] = 0
+    dead = idle >= restart_after
+    codebook[dead] = candidates[dead].to(codebook)
+    idle[dead] = 0
+    return int(dead.sum())
+
+
+if __name__ == "__main__":
+    import numpy as np
+    from PIL import Image
+
+    from data import rng_for, scene
+
+    torch.manual_seed(0)
+    image = torch.from_numpy(scene(rng_for(5))[0]).float() / 255                          # (64,64,3)
+    codes = g(image.reshape(-1, 3)[torch.randperm(64 * 64)[:8]] - 0.5)                    # 8 directions of colour
+    index, code, cosine = assign(image.reshape(-1, 3) - 0.5, codes)
+    picture = torch.cat([image, (code * 0.5 + 0.5).view_as(image)], 1)
+    Image.fromarray((picture.numpy() * 255).astype(np.uint8)).resize((1024, 512), 0).save("vq.png")
+    print(f"8 codes, mean cosine of a pixel's colour to its code: {cosine.mean():.3f}")
