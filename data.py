@@ -204,7 +204,7 @@ def to_unit(tensor):
 def opened(path):
     """The PIL image at `path`; inside this block, whatever PIL says about the file becomes an InputError."""
     try:
-        # Through a stream, because Pillow (13.0) maps a TIFF that it is given by name, and scrambles it if it is rotated.
+        # Through a stream: Pillow (13.0) maps a TIFF that it is given by name, and scrambles it if it is to be rotated.
         with open(path, "rb") as stream, Image.open(stream) as file:
             yield file
     except InputError:
@@ -425,8 +425,6 @@ class Folder:
 
     def __getitem__(self, i):
         """Test pair i: dict of image (3,h,w) float at test resolution, label (H,W), name (stem), original (H,W,3)."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"image {i} of {len(self)}")
         image, label = self.read(i)
         small = resize_short(image, self.short_side, self.long_side)
         return dict(image=to_tensor(small), label=torch.from_numpy(label), name=self.pairs[i][0].stem, original=image)

@@ -51,14 +51,14 @@ class DySample(nn.Module):
     def forward(self, x):
         """(B,c,h,w) -> (B,c,2h,2w)"""
         B, _, h, w = x.shape
-        offset = F.pixel_shuffle(0.25 * self.offset(x).float(), 2)                        # (B,2*groups,2h,2w), old pixels
+        offset = F.pixel_shuffle(0.25 * self.offset(x), 2)                                # (B,2*groups,2h,2w), old pixels
         offset = offset.reshape(B * self.groups, 2, 2 * h, 2 * w).permute(0, 2, 3, 1)        # (B*groups,2h,2w,2)
         ys = (torch.arange(2 * h, device=x.device) + 0.5) / 2                             # where bilinear would look
         xs = (torch.arange(2 * w, device=x.device) + 0.5) / 2
         where = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1) + offset
         where = 2 * where / where.new_tensor([w, h]) - 1                                  # to grid_sample's [-1,1]
-        x = F.grid_sample(x.reshape(B * self.groups, -1, h, w).float(), where, mode="bilinear",
-                          padding_mode="border", align_corners=False)
+        x = F.grid_sample(x.reshape(B * self.groups, -1, h, w), where.to(x.dtype), padding_mode="border",
+                          align_corners=False)
         return x.view(B, -1, 2 * h, 2 * w)
 
 

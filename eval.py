@@ -30,7 +30,6 @@ Tests: tests/test_eval.py.  Read next: kernels/.  H, W original size; h, w netwo
 import argparse
 import dataclasses
 import difflib
-import functools
 import io
 import json
 import math
@@ -45,12 +44,12 @@ from tqdm import tqdm
 
 from clip import VLM, open_model
 from data import Folder, InputError, World, palette, parse_names, read_image, resize_short, run_cli, to_tensor, to_unit
+from losses import VGG, load_lpips
 from pat import load_run
 from vq import codebook_health
 
 UNNAMED = -1
 BAND = 2**25                                                  # floats held per band of rows: 128 MiB whatever the image
-VGG = "vgg16-397923af.pth"                                    # torchvision's file name in the torch hub cache
 
 # --- from queries to pixels -----------------------------------------------------------------------------------------
 
@@ -227,24 +226,6 @@ def ssim(image, target):
     var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
     top = (2 * mean_a * mean_b + 0.01**2) * (2 * cov + 0.03**2)
     return (top / ((mean_a**2 + mean_b**2 + 0.01**2) * (var_a + var_b + 0.03**2))).mean().item()
-
-
-@functools.lru_cache
-def load_lpips(device="cpu"):
-    """LPIPS-VGG, or None when its backbone is not in the torch hub cache; never downloads, never unpickles code."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / VGG
-    if not path.is_file():
-        return None
-    import lpips
-
-    metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)      # its linear layers come with the package
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        metric.net.load_state_dict({key: state["features." + key.split(".", 1)[1]] for key in metric.net.state_dict()})
-    except Exception as error:
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"{path}: not torchvision's VGG-16 weights ({why}); delete it") from error
-    return metric.to(device)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ are divided by counts over all processes, so splitting a batch over processes or
 Demo: `python losses.py` shows the collapse in one number.  Tests: tests/test_losses.py.  Read next: eval.py.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-from data import IGNORE
+from data import IGNORE, InputError
 
 NO_OBJECT = 0.1                        # class weight of a query that matches nothing
 CE, BCE, DICE = 2.0, 5.0, 5.0
+VGG = "vgg16-397923af.pth"             # LPIPS's backbone, torchvision's file name in the torch hub cache
 
 
 def generator(*key):
@@ -47,7 +49,7 @@ def targets(label):
 
 def sample_at(maps, points):
     """Bilinear values of maps (M,h,w) at points (M,n,2), x and y in [0,1] -> (M,n); zero outside."""
-    return F.grid_sample(maps[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
+    return F.grid_sample(maps[:, None], 2 * points[:, None].to(maps.dtype) - 1, align_corners=False)[:, 0, 0]
 
 
 def pairwise_costs(logits, truth):
@@ -62,9 +64,9 @@ def pairwise_costs(logits, truth):
 def match(masks, class_logits, classes, truth, points):
     """One image: masks (Q,h,w), class_logits (Q,L+1), classes (M), truth (M,H,W), points (n,2)
     -> indices of queries and of true masks, two (min(Q,M)), in SAN's cost 2 class + 5 BCE + 5 dice."""
-    logits = sample_at(masks.float(), points.expand(len(masks), -1, -1))
-    bce, dice = pairwise_costs(logits, sample_at(truth, points.expand(len(truth), -1, -1)))
-    cost = BCE * bce + DICE * dice - CE * class_logits.float().softmax(-1)[:, classes]
+    logits = sample_at(masks, points.expand(len(masks), -1, -1))
+    bce, dice = pairwise_costs(logits, sample_at(truth, points.expand(len(truth), -1, -1)).to(logits.dtype))
+    cost = BCE * bce + DICE * dice - CE * class_logits.softmax(-1)[:, classes]
     rows, columns = linear_sum_assignment(cost.cpu().numpy())
     return torch.as_tensor(rows), torch.as_tensor(columns)
 
@@ -74,7 +76,7 @@ def uncertain_points(masks, n, oversample, importance, gen):
     masks (M,h,w) logits -> (M,n,2) in [0,1]"""
     M, sure = len(masks), int(importance * n)
     points = torch.rand(M, int(oversample * n), 2, generator=gen).to(masks.device)
-    chosen = sample_at(masks.detach().float(), points).abs().topk(sure, largest=False).indices
+    chosen = sample_at(masks.detach(), points).abs().topk(sure, largest=False).indices
     points = points.gather(1, chosen[..., None].expand(-1, -1, 2))
     return torch.cat([points, torch.rand(M, n - sure, 2, generator=gen).to(masks.device)], 1)
 
@@ -101,11 +103,11 @@ def segmentation(masks, class_logits, found, keys, *, num_masks, weight, points=
         said = torch.full((len(masks[b]),), L, device=device)
         said[q.to(device)] = classes[m.to(device)]
         weights = torch.where(said == L, NO_OBJECT, 1.0)
-        ce = ce + (weights * F.cross_entropy(class_logits[b].float(), said, reduction="none")).sum()
+        ce = ce + (weights * F.cross_entropy(class_logits[b], said, reduction="none")).sum()
         if len(q):
             where = uncertain_points(masks[b][q], points, oversample, importance, gen)
-            logits = sample_at(masks[b][q].float(), where)                                # (M,n)
-            true = sample_at(truth[m.to(device)], where)
+            logits = sample_at(masks[b][q], where)                                        # (M,n)
+            true = sample_at(truth[m.to(device)], where).to(logits.dtype)
             bce = bce + F.binary_cross_entropy_with_logits(logits, true, reduction="none").mean(1).sum()
             p = logits.sigmoid()
             dice = dice + (1 - (2 * (p * true).sum(1) + 1) / (p.sum(1) + true.sum(1) + 1)).sum()
@@ -138,27 +140,36 @@ def alignment(zq, image, keys, form="scale-free", samples=1000):
     pixels = torch.stack([torch.randperm(h * w, generator=generator(*key))[:n] for key in keys]).to(zq.device)   # (B,n)
     colours = F.adaptive_avg_pool2d(image, (h, w)).flatten(2)                             # (B,3,P)
     colours = colours.gather(2, pixels[:, None].expand(-1, 3, -1)).transpose(1, 2)        # (B,n,3)
-    z = zq.flatten(2).gather(2, pixels[:, None].expand(-1, zq.shape[1], -1)).transpose(1, 2).float()
+    z = zq.flatten(2).gather(2, pixels[:, None].expand(-1, zq.shape[1], -1)).transpose(1, 2)
     points = torch.stack([pixels // w / h, pixels % w / w], -1).float()
-    K, d = kernel(points, colours.float()), squared_distances(z)
+    K, d = kernel(points, colours), squared_distances(z)
     crf = (K * d).mean((1, 2))                                                            # (B)
-    tv = zq.float().diff(dim=2).square().mean((1, 2, 3)) + zq.float().diff(dim=3).square().mean((1, 2, 3))
+    tv = zq.diff(dim=2).square().mean((1, 2, 3)) + zq.diff(dim=3).square().mean((1, 2, 3))
     if form == "scale-free":
         mean = d.mean((1, 2)).clamp(min=1e-6)
         crf, tv = crf / (K.mean((1, 2)) * mean), tv / mean
     return dict(crf=crf.mean(), tv=tv.mean())
 
 
-def perceptual():
-    """LPIPS-VGG (a frozen module for images in [-1,1]), or None where its backbone weights are not on this machine.
+@functools.lru_cache
+def load_lpips(device="cpu"):
+    """LPIPS-VGG, frozen, or None when its backbone is not in the torch hub cache; never downloads, never unpickles code.
 
-    The weights are torchvision's vgg16-397923af.pth in the torch hub cache; nothing is downloaded here.
+    Raises InputError if the file is there but is not torchvision's VGG-16.
     """
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth").is_file():
+    path = Path(torch.hub.get_dir()) / "checkpoints" / VGG
+    if not path.is_file():
         return None
     import lpips
 
-    return lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+    metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)      # its linear layers come with the package
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        metric.net.load_state_dict({key: state["features." + key.split(".", 1)[1]] for key in metric.net.state_dict()})
+    except Exception as error:
+        why = (str(error) or repr(error)).splitlines()[0]
+        raise InputError(f"{path}: not torchvision's VGG-16 weights ({why}); delete it") from error
+    return metric.requires_grad_(False).to(device)
 
 
 def reconstruction(image_hat, image, lpips=None):

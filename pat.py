@@ -217,8 +217,9 @@ class PAT(SAN):
         out = self.decoder(zq, q)
         if self.pixel_decoder is not None:
             out["image"] = self.pixel_decoder(zq)["image"]
-        classes = [self.classify(pyramid, bias, text) for bias in out.pop("bias")]
-        return dict(out, classes=classes, tokens=tokens)
+        classes = [self.classify(pyramid, bias, text).to(image.dtype) for bias in out.pop("bias")]
+        masks = [m.to(image.dtype) for m in out["masks"]]     # autocast ends here: losses and scores are fp32
+        return dict(masks=masks, classes=classes, image=out["image"].to(image.dtype), tokens=tokens)
 
 
 def build(config):

@@ -220,8 +220,8 @@ class SAN(nn.Module):
         masks, classes = [], []
         for q, z in outputs:
             m, bias = self.head(q, z.unflatten(1, f[0].shape[-2:]))
-            masks.append(m)
-            classes.append(self.classify(pyramid, bias, text))
+            masks.append(m.to(image.dtype))                    # autocast ends here: losses and scores are fp32
+            classes.append(self.classify(pyramid, bias, text).to(image.dtype))
         return dict(masks=masks, classes=classes)
 
 

@@ -71,19 +71,20 @@ class vMFVQ(nn.Module):
         return g(codes) if self.vmf else codes
 
     def forward(self, u, given=None):
-        """u (B,S,h,w) [, a codebook (K,D)] -> Tokens"""
-        codes = self.codes(given)                                                         # (K,D)
-        x = self.pre(u).permute(0, 2, 3, 1).float()                                       # (B,h,w,D)
-        if self.vmf:
-            x = g(x)
-            index, code, _ = assign(x.flatten(0, 2), codes)
-        else:
-            index = (x.flatten(0, 2) @ codes.T).argmax(1)
-            code = codes[index]
-        code = code.view_as(x)
-        loss = F.mse_loss(code, x.detach()) + self.commitment * F.mse_loss(x, code.detach())
+        """u (B,S,h,w) [, a codebook (K,D)] -> Tokens.  Nothing after W_pre runs in half precision."""
+        x = self.pre(u).permute(0, 2, 3, 1).to(self.pre.weight.dtype)                     # (B,h,w,D)
+        with torch.autocast(u.device.type, enabled=False):
+            codes = self.codes(given)                                                     # (K,D)
+            if self.vmf:
+                x = g(x)
+                index, code, _ = assign(x.flatten(0, 2), codes)
+            else:
+                index = (x.flatten(0, 2) @ codes.T).argmax(1)
+                code = codes[index]
+            code = code.view_as(x)
+            loss = F.mse_loss(code, x.detach()) + self.commitment * F.mse_loss(x, code.detach())
+            zq = straight_through(x, code)
         counts = torch.bincount(index, minlength=len(codes))
-        zq = straight_through(x, code)
         return Tokens(zq.permute(0, 3, 1, 2), index.view(x.shape[:3]), x.permute(0, 3, 1, 2), loss, counts)
 
 

@@ -44,6 +44,7 @@ def test_43_of_64_objects_are_seen_and_every_colour_and_shape_is_among_them():
     seen, unseen = ([OBJECTS[i].split() for i in ids] for ids in (SEEN, UNSEEN))
     assert {c for c, _ in seen} == set(data.COLOURS) and {s for _, s in seen} == set(data.SHAPES)
     assert {c for c, _ in unseen} == set(data.COLOURS)
+    assert [OBJECTS[i] for i in UNSEEN[:4]] == ["red circle", "red star", "red ring", "orange square"]
     assert OBJECTS[0] == "red circle" and OBJECTS[63] == "white moon" and World.names[64] == "grass"
 
 
@@ -209,11 +210,15 @@ def broken(kind, path):
         path.mkdir()
     elif kind == "float":
         Image.fromarray(np.ones((2, 2), np.float32)).save(path, "tiff")
+    elif kind == "bomb":                          # a header that promises 60000 x 60000 pixels
+        header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+        path.write_bytes(whole.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole.getvalue()[33:])
     elif kind == "32 bits":
         Image.fromarray(np.full((2, 2), 70000, np.int32)).save(path, "tiff")
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "bad chunk", "text", "empty", "folder", "float", "32 bits"])
+@pytest.mark.parametrize("kind", ["missing", "truncated", "bad chunk", "text", "empty", "folder", "float", "bomb",
+                                  "32 bits"])
 def test_an_unusable_picture_is_an_input_error_naming_the_file(tmp_path, kind):
     """One line, with the path in it; never a decoder's own exception."""
     broken(kind, tmp_path / "photo.png")
@@ -273,9 +278,9 @@ def test_a_label_that_is_no_index_map_is_refused(tmp_path, kind, why):
 
 # ---- resizing and augmentation ----
 @pytest.mark.parametrize("h, w, want", [(480, 640, (640, 853)), (640, 427, (959, 640)), (100, 1000, (256, 2560)),
-                                        (427, 640, (640, 959)), (1, 9000, (1, 2560))])
+                                        (481, 640, (640, 852)), (1, 9000, (1, 2560))])
 def test_the_short_side_becomes_640_unless_the_long_one_passes_2560(h, w, want):
-    """480x640: 640 * 640/480 = 853.33 -> 853.  640x427: 640 * 640/427 = 959.25 -> 959.  100x1000 would be 6400 long."""
+    """480x640: 640 * 640/480 = 853.33 -> 853.  481x640: 851.56 -> 852.  100x1000 would be 6400 long."""
     assert resize_short(np.zeros((h, w, 3), np.uint8), 640, 2560).shape == (*want, 3)
     assert resize_short(np.zeros((h, w), np.int64), 640, 2560, nearest=True).shape == want
 
@@ -363,7 +368,7 @@ def test_image_and_label_stay_aligned_through_everything(monkeypatch):
 
 
 def test_hue_and_saturation_leave_grey_alone_and_turn_red_into_yellow():
-    """Grey has no hue to turn; 60 degrees (30 of OpenCV's) from red is yellow; saturation 0 leaves the largest value."""
+    """Grey has no hue to turn; 60 degrees (30 of OpenCV's) from red: yellow; saturation 0 leaves the largest value."""
     grey = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
     assert (shift_hsv(grey, 1.5, 18) == grey).all()
     red = np.array([[[200, 0, 0]]], np.uint8)
@@ -393,6 +398,13 @@ def test_the_two_orders_of_contrast_differ():
     early = jitter(image, Dice([], [0], (0.9, 0.1, 0.1, 0.1, 0.9)))[0, 0].astype(int)
     late = jitter(image, Dice([], [0], (0.9, 0.1, 0.9, 0.1, 0.9)))[0, 0].astype(int)
     assert abs(early - [255, 97, 97]).max() <= 2 and abs(late - [255, 75, 75]).max() <= 2
+
+
+def test_hue_and_saturation_have_a_coin_each():
+    """Hue by its largest step, 18 of OpenCV's = 36 degrees, saturation by 1.5; neither waits for the other."""
+    image, no = noise(), 0.9
+    turned, saturated = (jitter(image, Dice([], [18], (no, no, no, *coins))) for coins in ((no, 0.1), (0.1, no)))
+    assert (turned == shift_hsv(image, 1.0, 18)).all() and (saturated == shift_hsv(image, 1.5, 0)).all()
 
 
 def test_jitter_changes_half_of_the_pictures_each_way():

@@ -1,0 +1,112 @@
+"""How fast, how large, and where the time goes; every figure of the README's speed tables comes from here.
+
+    python bench.py                 the world: images/s of PAT and SAN, training and inference, share of time per part
+    python bench.py --preset coco   one 640x640 image, one training step and one inference of each, random CLIP weights
+    python bench.py --preset coco-eva
+
+Each row runs in a process of its own, so that its peak memory is its own; the first of its rounds is not counted, of the
+others the median is.  Ratios within one call are comparable; absolute times depend on the machine and on what else runs.
+
+Tests: tests/test_bench.py.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+
+from data import World, run_cli
+from eval import parse_flags
+from pat import build
+from train import gradients, recipe
+
+
+def timed(function, name, spent):
+    """`function`, adding its seconds to spent[name]."""
+    def run(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        spent[name] += time.perf_counter() - start
+        return result
+    return run
+
+
+def watch(model, spent):
+    """Make the parts of a model report their forward time."""
+    model.vlm.features = timed(model.vlm.features, "CLIP features", spent)
+    model.vlm.recognise = timed(model.vlm.recognise, "recognition", spent)
+    for name, module in (("side ViT + semantic", model.side), ("pixel branch", getattr(model, "pixels", None)),
+                         ("latent", getattr(model, "latent", None)), ("decoder", getattr(model, "decoder", None) or model.head),
+                         *(("fusion", fuse) for fuse in model.fusion)):
+        if module is not None:
+            module.forward = timed(module.forward, name, spent)
+
+
+def samples(config, n):
+    """A training micro-batch of n images at the preset's size: the world's scenes, else noise with two dozen labels."""
+    if config.preset == "world":
+        drawn = [World("train").draw(0, i) for i in range(n)]
+    else:
+        side, gen = config.short_side, torch.Generator().manual_seed(0)
+        blocks = torch.randint(0, 24, (n, 5, 5), generator=gen).float()
+        labels = F.interpolate(blocks[:, None], size=(side, side))[:, 0].long()
+        drawn = [(torch.randn(3, side, side, generator=gen), label) for label in labels]
+    return torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn]), torch.arange(n)
+
+
+def measure(preset, model_name, training, batch, rounds, queue):
+    """Seconds per round (median), peak memory, parts; put on the queue."""
+    config = recipe(preset, model=model_name, pretrained="none", batch=batch)
+    torch.manual_seed(0)
+    model = build(config).train(training)
+    text = F.normalize(torch.randn(70 if preset == "world" else 171, model.vlm.text_width), dim=-1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    micro, seconds, spent = samples(config, batch), [], defaultdict(float)
+    for k in range(rounds + 1):
+        if k == 1:
+            watch(model, spent)
+        start = time.perf_counter()
+        if training:
+            optimizer.zero_grad(set_to_none=True)
+            gradients(model, text, [micro], config)
+            optimizer.step()
+        else:
+            with torch.no_grad():
+                model(micro[0], text)
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    queue.put((statistics.median(seconds[1:]), peak, {name: s / rounds for name, s in spent.items()}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--preset", default="world", choices=("world", "coco", "coco-eva"))
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parse_flags(parser)
+    spawn, batch = multiprocessing.get_context("spawn"), 16 if args.preset == "world" else 1
+    print(f"{args.preset}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch {batch}, "
+          f"median of {args.rounds} rounds after one")
+    print(f"{'':16}{'s/round':>9}{'images/s':>10}{'peak GiB':>10}{'vs SAN':>8}")
+    san = {}
+    for training in (True, False):
+        for model in ("san", "pat"):
+            queue = spawn.Queue()
+            process = spawn.Process(target=measure, args=(args.preset, model, training, batch, args.rounds, queue))
+            process.start()
+            seconds, peak, spent = queue.get()
+            process.join()
+            what = "training" if training else "inference"
+            san.setdefault(what, seconds)
+            print(f"{model.upper()} {what:12}{seconds:9.3f}{batch / seconds:10.1f}{peak:10.2f}{seconds / san[what]:8.2f}")
+            rest = seconds - sum(spent.values())
+            spent["losses, backward, optimiser" if training else "rest"] = rest
+            print("    " + ", ".join(f"{name} {100 * s / seconds:.0f}%" for name, s in spent.items()))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,114 @@
+"""Up-sampling that looks, norms that listen, and one decoder for two tasks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import InputError
+from decoder import SPADE, Decoder, DecoderBlock, DySample, PooledSelfAttn, Up, log2
+
+
+def small(**changes):
+    return Decoder(**{**dict(code_dim=8, query_width=12, width=16, heads=2, spade_hidden=8, scales=(4, 2, 1), patch=8,
+                             clip_heads=3), **changes})
+
+
+def codes():
+    return {s: torch.randn(2, 8, n, n) for s, n in (("early", 16), ("mid", 8), ("late", 4), ("latent", 4))}
+
+
+def test_dysample_with_zero_offsets_is_bilinear():
+    up = DySample(8)
+    torch.nn.init.zeros_(up.offset.weight)
+    x = torch.randn(2, 8, 5, 7)
+    torch.testing.assert_close(up(x), F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False),
+                               rtol=1e-5, atol=1e-5)
+
+
+def test_dysample_reads_where_its_offset_points():
+    """An offset of 4 x 0.25 = one old pixel to the right turns the sample at column j into the one at column j + 1."""
+    up = DySample(4, groups=1)
+    torch.nn.init.zeros_(up.offset.weight)
+    with torch.no_grad():
+        up.offset.bias.view(2, 4)[0] = 4.0                                    # x offsets of the four new pixels
+    x = torch.randn(1, 4, 3, 6)
+    plain = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(up(x)[..., 1:-3], plain[..., 3:-1], rtol=1e-5, atol=1e-5)
+
+
+def test_four_times_is_twice_twice():
+    assert [len(Up(8, f)) for f in (1, 2, 4)] == [0, 1, 2]
+    assert Up(8, 4)(torch.randn(1, 8, 3, 5)).shape == (1, 8, 12, 20)
+
+
+def test_spade_without_gamma_and_beta_is_the_parameter_free_norm():
+    spade = SPADE(6, 4)
+    torch.nn.init.zeros_(spade.gamma_beta.weight)
+    torch.nn.init.zeros_(spade.gamma_beta.bias)
+    x = torch.randn(2, 3, 4, 6)
+    torch.testing.assert_close(spade(x, torch.randn(2, 3, 4, 6)), F.layer_norm(x, (6,)))
+
+
+def test_spade_scales_by_one_plus_gamma_and_shifts_by_beta():
+    spade = SPADE(2, 4)
+    torch.nn.init.zeros_(spade.gamma_beta.weight)
+    with torch.no_grad():
+        spade.gamma_beta.bias.copy_(torch.tensor([2.0, 0.0, 0.0, 5.0]))       # gamma (2, 0), beta (0, 5)
+    x = torch.tensor([3.0, 1.0]).view(1, 1, 1, 2)                             # its norm: (1, -1) up to epsilon
+    assert spade(x, torch.zeros(1, 1, 1, 2)).flatten().tolist() == pytest.approx([3.0, 4.0], abs=1e-4)
+
+
+def test_pooled_attention_is_full_attention_on_pooled_keys():
+    """On a map that is constant in 2x2 cells, pooling keys and values by 2 changes nothing at all."""
+    attn = PooledSelfAttn(8, 2)
+    y = torch.randn(1, 3, 3, 8).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    torch.testing.assert_close(attn(y, 2), attn(y, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_plain_block_is_torchs_pre_norm_layer():
+    block, theirs = DecoderBlock(16, 2), torch.nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True,
+                                                                          norm_first=True)
+    a = block.attn
+    theirs.load_state_dict({
+        "self_attn.in_proj_weight": torch.cat([a.q.weight, a.k.weight, a.v.weight]),
+        "self_attn.in_proj_bias": torch.cat([a.q.bias, a.k.bias, a.v.bias]),
+        "self_attn.out_proj.weight": a.out.weight, "self_attn.out_proj.bias": a.out.bias,
+        "linear1.weight": block.mlp.fc1.weight, "linear1.bias": block.mlp.fc1.bias,
+        "linear2.weight": block.mlp.fc2.weight, "linear2.bias": block.mlp.fc2.bias,
+        **{f"norm{i}.{k}": getattr(getattr(block, f"norm{i}"), k) for i in (1, 2) for k in ("weight", "bias")}})
+    y = torch.randn(2, 3, 4, 16)
+    torch.testing.assert_close(block(y, 1).flatten(1, 2), theirs(y.flatten(1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_follow_ratios():
+    out = small()(codes(), torch.randn(2, 5, 12))
+    assert out["image"].shape == (2, 3, 32, 32)                               # grid 4, patch 8
+    assert [m.shape for m in out["masks"]] == [(2, 5, 16, 16)] * 2            # two supervised outputs on the early grid
+    assert [b.shape for b in out["bias"]] == [(2, 3, 5, 4, 4)] * 2
+    assert len(small().eval()(codes(), torch.randn(2, 5, 12))["masks"]) == 1
+
+
+@pytest.mark.parametrize("scales, early", [((4, 4, 4), 16), ((1, 1, 1), 4)])
+def test_the_decoder_ends_on_the_early_grid(scales, early):
+    zq = {s: torch.randn(1, 8, 4 * k, 4 * k) for s, k in zip(("early", "mid", "late"), scales)}
+    out = small(scales=scales)({**zq, "latent": torch.randn(1, 8, 4, 4)}, torch.randn(1, 5, 12))
+    assert out["image"].shape[-1] == 32 and out["masks"][0].shape[-1] == early
+
+
+def test_a_missing_stage_reads_as_zero():
+    decoder, zq, q = small().eval(), codes(), torch.randn(2, 5, 12)
+    without = {s: z for s, z in zq.items() if s != "mid"}
+    torch.testing.assert_close(decoder(without, q)["image"],
+                               decoder({**zq, "mid": torch.zeros_like(zq["mid"])}, q)["image"])
+    assert not torch.equal(decoder(without, q)["image"], decoder(zq, q)["image"])
+
+
+def test_a_removed_stage_keeps_its_up():
+    decoder = small(stages=("late",))
+    assert list(decoder.spade) == list(decoder.cross) == ["late"] and [len(decoder.up[s]) for s in decoder.up] == [0, 1, 1]
+    assert decoder(codes(), torch.randn(2, 5, 12))["image"].shape == (2, 3, 32, 32)
+
+
+def test_scales_that_are_no_powers_of_two_are_refused():
+    with pytest.raises(InputError, match="factor of 3"):
+        log2(3, "up-sampling")

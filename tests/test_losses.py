@@ -1,0 +1,168 @@
+"""The losses: values worked by hand, gradients against the naive forms, and draws that depend on their key alone."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import (NO_OBJECT, alignment, class_weight, generator, kernel, load_lpips, match, pairwise_costs,
+                    reconstruction, sample_at, segmentation, squared_distances, targets, uncertain_points)
+from vq import straight_through
+
+
+def test_targets_are_one_mask_a_class_and_void_is_in_none():
+    classes, masks = targets(torch.tensor([[4, 4, -1], [2, -1, 4]]))
+    assert classes.tolist() == [2, 4]
+    assert masks.tolist() == [[[0, 0, 0], [1, 0, 0]], [[1, 1, 0], [0, 0, 1]]]
+
+
+def test_an_all_void_label_has_no_targets():
+    classes, masks = targets(torch.full((3, 3), -1))
+    assert classes.shape == (0,) and masks.shape == (0, 3, 3)
+
+
+def test_points_sample_bilinearly_at_pixel_centres():
+    """Pixel centres of a 2x2 map lie at .25 and .75; halfway between two of them is their mean."""
+    map_ = torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])
+    points = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.5, 0.25], [0.5, 0.5]]])
+    assert sample_at(map_, points)[0].tolist() == pytest.approx([1, 3, 2, 4])
+
+
+def test_costs_are_mean_bce_and_dice():
+    logits, truth = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 0.0]])
+    bce, dice = pairwise_costs(logits, truth)
+    s = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))]
+    assert bce.item() == pytest.approx(-(math.log(s[0]) + math.log(1 - s[1])) / 2, rel=1e-5)
+    assert dice.item() == pytest.approx(1 - (2 * s[0] + 1) / (s[0] + s[1] + 1 + 1), rel=1e-5)
+
+
+def test_matching_finds_the_permutation():
+    """Queries drawn as the true masks in another order, with the right class each, match exactly that order."""
+    truth = torch.zeros(3, 8, 8)
+    truth[0, :3], truth[1, 3:6], truth[2, 6:] = 1, 1, 1
+    order = torch.tensor([2, 0, 1])
+    logits = torch.full((4, 5), -3.0)
+    logits[torch.arange(3), order] = 3.0
+    masks = torch.cat([20 * truth[order] - 10, torch.full((1, 8, 8), -10.0)])
+    q, m = match(masks, logits, torch.tensor([0, 1, 2]), truth, torch.rand(200, 2))
+    assert q.tolist() == [0, 1, 2] and m.tolist() == order.tolist()
+
+
+def test_uncertain_points_prefer_logits_near_zero():
+    """Sure on the left (|10|), unsure on the right (0): three quarters of the points lie on the right by choice."""
+    masks = torch.full((1, 4, 4), 10.0)
+    masks[..., 2:] = 0
+    points = uncertain_points(masks, 400, 3.0, 0.75, generator(1))
+    assert points.shape == (1, 400, 2)
+    assert (points[0, :300, 0] > 0.5).all() and 0.35 < (points[0, 300:, 0] > 0.5).float().mean() < 0.65
+
+
+def test_class_weights_are_known_before_the_forward_pass():
+    """Images with 2 and 30 classes, 20 queries: 22 matched at 1, 18 others at .1."""
+    assert class_weight([range(2), range(30)], 20) == pytest.approx(22 + 0.1 * 18)
+
+
+def test_segmentation_by_hand():
+    """One query, one true mask over everything, constant logit 0: BCE log 2, dice 1 - (n+1)/(n/2+n+1), CE log 2."""
+    label = torch.zeros(4, 4, dtype=torch.int64)
+    terms = segmentation(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 2), [targets(label)], [(0,)], num_masks=1.0,
+                         weight=1.0, points=100)
+    # points near the border read zeros beyond it: bilinear sampling of the true mask fades there, of logit 0 does not
+    assert terms["ce"].item() == pytest.approx(math.log(2))
+    assert terms["mask"].item() == pytest.approx(math.log(2))
+    assert terms["dice"].item() == pytest.approx(1 - 101 / 151, abs=0.06)
+
+
+def test_an_image_without_labels_costs_only_its_no_object_queries():
+    terms = segmentation(torch.randn(1, 3, 4, 4), torch.zeros(1, 3, 2), [targets(torch.full((4, 4), -1))], [(0,)],
+                         num_masks=1.0, weight=3 * NO_OBJECT, points=10)
+    assert terms["ce"].item() == pytest.approx(math.log(2)) and terms["mask"] == 0 and terms["dice"] == 0
+
+
+def test_an_images_loss_does_not_depend_on_its_neighbours():
+    """Two images together, with shares of the whole, weigh as the sum of both alone."""
+    masks, logits = torch.randn(2, 5, 8, 8), torch.randn(2, 5, 4)
+    found = [targets(torch.randint(0, 3, (16, 16))) for _ in range(2)]
+    keys, shares = [(0, 7), (0, 8)], dict(num_masks=6.0, weight=6.4, points=50)
+    both = segmentation(masks, logits, found, keys, **shares)
+    alone = [segmentation(masks[i:i + 1], logits[i:i + 1], found[i:i + 1], keys[i:i + 1], **shares) for i in range(2)]
+    for name in both:
+        torch.testing.assert_close(both[name], alone[0][name] + alone[1][name])
+
+
+def test_a_key_fixes_the_draw():
+    assert torch.equal(torch.rand(5, generator=generator(3, 4)), torch.rand(5, generator=generator(3, 4)))
+    assert not torch.equal(torch.rand(5, generator=generator(3, 4)), torch.rand(5, generator=generator(3, 5)))
+
+
+def test_the_kernel_by_hand():
+    """Same place and colour: 10 + 3.  One unit of colour and .1 of space apart: both exponentials, written out."""
+    points, colours = torch.tensor([[0.0, 0.0], [0.1, 0.0]]), torch.tensor([[0.0, 0, 0], [1.0, 0, 0]])
+    K = kernel(points, colours)
+    assert K[0, 0].item() == pytest.approx(13)
+    assert K[0, 1].item() == pytest.approx(10 * math.exp(-0.01 / 0.2 - 1 / 0.3) + 3 * math.exp(-0.01 / 0.01), rel=1e-4)
+
+
+def test_gram_distances_equal_naive_ones_in_value_and_straight_through_gradient():
+    x = F.normalize(torch.randn(1, 6, 4, dtype=torch.float64), dim=-1).requires_grad_()
+    code, up = F.normalize(torch.randn(1, 6, 4, dtype=torch.float64), dim=-1), torch.randn(1, 6, 6, dtype=torch.float64)
+
+    def both(distances):
+        z = straight_through(x, code)
+        d = distances(z)
+        return d, torch.autograd.grad((d * up).sum(), x)[0]
+
+    gram, naive = both(squared_distances), both(lambda z: (z[:, :, None] - z[:, None]).square().sum(-1))
+    short = both(lambda z: 2 - 2 * z @ z.transpose(1, 2))
+    torch.testing.assert_close(gram, naive)
+    torch.testing.assert_close(short[0], naive[0])                            # the tempting form: right value ...
+    assert (short[1] - naive[1]).abs().max() > 0.1                            # ... wrong gradient
+
+
+def test_total_variation_of_a_constant_is_zero_and_of_a_step_is_its_square():
+    """Left half one code, right half a code at distance² 2: of 4x3 horizontal neighbours 4 differ, mean over 2 channels."""
+    zq = torch.zeros(1, 2, 4, 4)
+    zq[:, 0] = 1
+    image = torch.randn(1, 3, 4, 4)
+    assert alignment(zq, image, [(0,)], "literal")["tv"] == 0 and alignment(zq, image, [(0,)])["tv"] == 0
+    zq[:, 0, :, 2:], zq[:, 1, :, 2:] = 0, 1
+    assert alignment(zq, image, [(0,)], "literal")["tv"].item() == pytest.approx(4 * 2 / (12 * 2))
+
+
+def test_crf_equals_the_naive_sum():
+    zq, image = F.normalize(torch.randn(1, 5, 3, 4), dim=1), torch.randn(1, 3, 3, 4)
+    total, n = 0.0, 12
+    for i in range(n):
+        for j in range(n):
+            (a, b), (c, d) = divmod(i, 4), divmod(j, 4)
+            p = ((a - c) / 3) ** 2 + ((b - d) / 4) ** 2
+            colour = (image[0, :, a, b] - image[0, :, c, d]).square().sum().item()
+            K = 10 * math.exp(-p / 0.2 - colour / 0.3) + 3 * math.exp(-p / 0.01)
+            total += K * (zq[0, :, a, b] - zq[0, :, c, d]).square().sum().item()
+    assert alignment(zq, image, [(0,)], "literal")["crf"].item() == pytest.approx(total / n**2, rel=1e-4)
+
+
+def test_moving_all_codes_together_leaves_the_scale_free_loss_alone_and_feeds_the_literal_one():
+    """Shrinking every difference to a tenth: the literal loss falls a hundredfold, ours not at all."""
+    zq, image = F.normalize(torch.randn(1, 8, 6, 6), dim=1), torch.randn(1, 3, 6, 6)
+    huddled = zq.mean((2, 3), keepdim=True) + 0.1 * (zq - zq.mean((2, 3), keepdim=True))
+    for form, ratio in (("scale-free", 1.0), ("literal", 0.01)):
+        before, after = alignment(zq, image, [(0,)], form), alignment(huddled, image, [(0,)], form)
+        for name in before:
+            assert (after[name] / before[name]).item() == pytest.approx(ratio, rel=1e-3)
+
+
+def test_reconstruction_by_hand():
+    terms = reconstruction(torch.full((1, 3, 2, 2), 0.5), torch.full((1, 3, 2, 2), 0.3))
+    assert terms["l1"].item() == pytest.approx(0.2) and terms["l2"].item() == pytest.approx(0.04) and "lpips" not in terms
+
+
+def test_lpips_is_absent_without_its_weights_and_sees_images_in_minus_one_to_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    load_lpips.cache_clear()
+    assert load_lpips() is None
+    load_lpips.cache_clear()
+    seen = []
+    terms = reconstruction(torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2), lambda a, b: seen.append((a, b)) or torch.ones(1))
+    assert terms["lpips"] == 1 and seen[0][0].unique().tolist() == [-1] and seen[0][1].unique().tolist() == [1]

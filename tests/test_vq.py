@@ -1,0 +1,109 @@
+"""Each feature takes the code it points to most, and gradients go where the text says."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vq import assign, codebook_health, restart_dead_codes, straight_through, vMFVQ
+
+
+def test_a_feature_takes_the_code_it_points_to_most():
+    """Codes east and north; the lengths of codes and features do not matter."""
+    codes = torch.tensor([[0.01, 0.0], [0.0, 100.0]])
+    index, code, cosine = assign(torch.tensor([[5.0, 1.0], [0.1, 0.2], [-3.0, 1.0]]), codes)
+    assert index.tolist() == [0, 1, 1]
+    assert code.tolist() == [[1, 0], [0, 1], [0, 1]]
+    assert cosine.tolist() == pytest.approx([5 / 26**0.5, 2 / 5**0.5, 1 / 10**0.5])
+
+
+def test_assignment_does_not_change_with_the_length_of_x():
+    x, codes = torch.randn(200, 32), torch.randn(16, 32)
+    assert torch.equal(assign(x, codes)[0], assign(x * torch.rand(200, 1).add(0.1), 7 * codes)[0])
+
+
+def test_it_is_the_mode_of_the_vmf_posterior_at_any_kappa():
+    x, codes = F.normalize(torch.randn(50, 8), dim=-1), F.normalize(torch.randn(6, 8), dim=-1)
+    for kappa in (0.5, 30.0):
+        posterior = (kappa * x @ codes.T).softmax(-1)                         # over the codes
+        assert torch.equal(posterior.argmax(-1), assign(x, codes)[0])
+
+
+def test_ties_go_to_the_lowest_index():
+    assert assign(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))[0].tolist() == [0]
+
+
+def test_straight_through_has_the_value_of_the_code_and_the_gradient_of_x():
+    x, code, up = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    zq = straight_through(x, code)
+    torch.testing.assert_close(zq, code)
+    (zq * up).sum().backward()
+    torch.testing.assert_close(x.grad, up)
+    assert code.grad is None
+
+
+def test_the_loss_by_hand():
+    """One pixel, W_pre the identity, x = (1, 0), the code at 60 degrees: |x - e|² = 1, mean over 2 channels .5."""
+    vq = vMFVQ(2, 1, 2)
+    with torch.no_grad():
+        vq.pre.weight.copy_(torch.eye(2).view(2, 2, 1, 1))
+        vq.pre.bias.zero_()
+        vq.codebook.copy_(torch.tensor([[math.cos(math.pi / 3), math.sin(math.pi / 3)]]))
+    tokens = vq(torch.tensor([3.0, 0.0]).view(1, 2, 1, 1))
+    assert tokens.loss.item() == pytest.approx(0.5 + 0.25 * 0.5)
+
+
+def test_gradients_reach_the_features_through_zq_and_the_codes_through_the_loss():
+    vq, u = vMFVQ(6, 5), torch.randn(2, 6, 4, 4)
+    tokens = vq(u)
+    (tokens.zq * torch.randn_like(tokens.zq)).sum().backward()
+    assert vq.pre.weight.grad.abs().sum() > 0 and vq.codebook.grad is None
+    vq(u).loss.backward()
+    assert vq.codebook.grad.abs().sum() > 0
+
+
+def test_what_comes_back_fits_together():
+    vq = vMFVQ(6, 5)
+    tokens = vq(torch.randn(2, 6, 3, 4))
+    assert tokens.zq.shape == (2, 32, 3, 4) and tokens.index.dtype == torch.int64
+    torch.testing.assert_close(tokens.zq, vq.codes()[tokens.index].permute(0, 3, 1, 2))
+    assert torch.equal(tokens.counts, torch.tensor([(tokens.index == k).sum() for k in range(5)]))
+    torch.testing.assert_close(tokens.x.norm(dim=1), torch.ones(2, 3, 4))
+
+
+def test_without_vmf_length_matters():
+    """Dot-product VQ: a long code wins over a parallel short one; its code is returned unnormalised."""
+    vq = vMFVQ(2, 2, 2, vmf=False)
+    with torch.no_grad():
+        vq.pre.weight.copy_(torch.eye(2).view(2, 2, 1, 1))
+        vq.pre.bias.zero_()
+        vq.codebook.copy_(torch.tensor([[1.0, 0.0], [4.0, 4.0]]))
+    tokens = vq(torch.tensor([2.0, 0.0]).view(1, 2, 1, 1))                    # dot products 2 and 8; cosines 1 and .71
+    assert tokens.index.item() == 1 and tokens.zq.flatten().tolist() == [4.0, 4.0]
+
+
+def test_perplexity_and_cosine_by_hand():
+    """Four codes used 2, 1, 1, 0 times: entropy 1.5 bits; the used ones at 0, 90 and 180 degrees: cosines 0, 0, -1."""
+    codes = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [0.6, 0.8]])
+    health = codebook_health(torch.tensor([2, 1, 1, 0]), codes)
+    assert health["perplexity"] == pytest.approx(2**1.5) and health["used"] == 3
+    assert health["cosine"] == pytest.approx(-1 / 3)
+
+
+def test_perplexity_alone_is_fooled_by_a_collapsed_codebook_and_the_other_two_are_not():
+    """All codes within about 1e-3 of one point: used evenly, yet cosine ~1 and most indices die in bf16."""
+    codes = F.normalize(torch.ones(8, 32) + 1e-3 * torch.randn(8, 32), dim=-1)
+    x = F.normalize(codes.repeat(50, 1) + 2e-5 * torch.randn(400, 32), dim=-1)
+    counts = torch.bincount(assign(x, codes)[0], minlength=8)
+    health = codebook_health(counts, codes, x)
+    assert health["perplexity"] > 7 and health["cosine"] > 0.999 and health["bf16"] < 0.6
+    apart = torch.randn(8, 32)
+    assert codebook_health(counts, apart, apart.repeat(50, 1))["bf16"] == 1.0
+
+
+def test_only_codes_idle_for_long_enough_restart():
+    """Idle 0, 4, 4: with restart_after 5 the second is used now, the third restarts onto its candidate."""
+    codebook, idle = torch.zeros(3, 2), torch.tensor([0, 4, 4])
+    done = restart_dead_codes(codebook, idle, torch.tensor([0, 2, 0]), torch.full((3, 2), 9.0), 5)
+    assert done == 1 and codebook.tolist() == [[0, 0], [0, 0], [9, 9]] and idle.tolist() == [1, 0, 0]

@@ -1,0 +1,386 @@
+"""Train PAT, or SAN beside it: one flat loop, the same on a laptop, on two processes and on GPUs.
+
+    python train.py                                           the built-in world, about ten minutes on two cores
+    python train.py --model san                               the baseline on the same images
+    python train.py --preset coco --data DIR                  the paper's recipe on a folder of yours
+    torchrun --nproc_per_node=3 train.py --preset coco --data DIR
+    python train.py --resume runs/world-pat-0                 go on where it stopped, as if it never had
+
+A step:  learning rate -> forward -> named losses -> weighted sum -> backward -> clip -> AdamW step -> dead codes restart.
+
+Sample i of step s is number n = s * batch + i of one endless stream, whoever draws it; random points are keyed by
+(seed, n), counts of masks and codes are summed over processes.  So 1 process with a batch of 12, 2 with 6 each, or 1
+with 6 accumulated twice compute the same gradient.
+
+A run directory holds config.json, log.jsonl (one line a logged step), checkpoint.safetensors (weights, AdamW's state and
+the step in one file, replaced atomically, no pickle), scores.txt, scores.json and samples.png.
+
+# paper: AdamW 1e-4, weight decay 1e-4, poly 0.9, clip 0.01, 120,000 steps of 12 images on 3 GPUs, mixed precision.
+# ours: the world's numbers; restart of dead codes there.
+
+Tests: tests/test_train.py.  This is where everything comes together: read it last, or first.
+"""
+
+import argparse
+import json
+
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import Folder, InputError, World, rng_for, run_cli, to_unit
+from eval import format_table, parse_flags, sample_sheet, score_table, write_files, write_scores
+from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
+from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state
+from san import trainable
+from vq import codebook_health, restart_dead_codes
+
+
+@dataclass
+class TrainConfig(PATConfig):
+    """Everything about a run; defaults are the paper's."""
+
+    data: str = ""                     # a folder dataset; the world needs none
+    ignore: int = 255                  # value in the folder's label files that means unlabelled
+    out: str = ""                      # run directory; "" = runs/PRESET-MODEL-SEED
+    steps: int = 120_000
+    batch: int = 12                    # images a step, over all processes and accumulation
+    accumulate: int = 1                # forward-backward passes a step
+    lr: float = 1e-4
+    warmup: int = 0                    # steps of linear warm-up before poly decay with power 0.9
+    weight_decay: float = 1e-4         # none on norms, positions, queries and codebooks
+    clip: float = 0.01                 # global gradient norm
+    precision: str = "bf16"            # autocast on a GPU: bf16, fp16 (with loss scaling) or fp32; the CPU runs fp32
+    points: int = 12544                # for matching and for the mask losses
+    w_vq: float = 0.1                  # weights of L_VQ, L_align, L_rec
+    w_align: float = 0.1
+    w_rec: float = 1.0
+    align: str = "scale-free"          # or "literal", the paper's; "none" (--no-align) drops it, Table II
+    crf_samples: int = 1000            # pixels an image and stage
+    restart_after: int = 0             # steps without use before a code restarts; 0 = never (the paper)
+    workers: int = 0                   # data-loading processes
+    log_every: int = 50                # steps
+    save_every: int = 1000
+    stop_at: int = 0                   # stop, with a checkpoint, after this many steps; --resume goes on
+    val_images: int = 500              # test scenes of the world
+
+
+def recipe(name, **changes):
+    """The training preset that goes with a model preset."""
+    numbers = dict(asdict(preset(name)))
+    if name == "world":
+        numbers.update(steps=1100, batch=16, lr=2e-3, warmup=50, clip=1.0, points=1024, crf_samples=256, restart_after=100,
+                       weight_decay=0.01, save_every=200)
+    return TrainConfig(**{**numbers, **changes})
+
+
+# --- a batch -------------------------------------------------------------------------------------------------------
+
+
+class Stream(Dataset):
+    """The samples of this process in the order it needs them: step by step, micro-step by micro-step."""
+
+    def __init__(self, dataset, config, start, rank, world):
+        self.dataset, self.seed = dataset, config.seed
+        local = config.batch // (world * config.accumulate)
+        self.numbers = [step * config.batch + (a * world + rank) * local + j for step in range(start, config.steps)
+                        for a in range(config.accumulate) for j in range(local)]
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        return (*self.dataset.draw(self.seed, self.numbers[i]), self.numbers[i])
+
+
+def summed(value):
+    """The sum over all processes of a number or tensor; itself where there is one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        tensor = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = tensor.detach().to(device, copy=True)
+        dist.all_reduce(tensor)
+        return tensor.to(value.device) if torch.is_tensor(value) else tensor.item()
+    return value
+
+
+def loss_terms(out, images, found, numbers, config, shares, lpips):
+    """Every loss by name, unweighted, and their weighted sum.  `found`: targets of each image; `shares`: see `gradients`."""
+    keys = [(config.seed, int(n)) for n in numbers]
+    terms = {}
+    for i, (masks, classes) in enumerate(zip(out["masks"], out["classes"]), 1):
+        terms.update({f"{name}_{i}": value for name, value in segmentation(
+            masks, classes, found, [(*key, i) for key in keys], points=config.points, **shares).items()})
+    weights = {f"{name}_{i}": w for i in (1, 2) for name, w in (("ce", CE), ("mask", BCE), ("dice", DICE))}
+    if "tokens" in out:
+        terms["vq"] = sum(tokens.loss for tokens in out["tokens"].values())
+        weights["vq"] = config.w_vq
+        if config.align != "none":
+            parts = [alignment(tokens.zq, images, [(*key, 3 + i) for key in keys], config.align, config.crf_samples)
+                     for i, tokens in enumerate(out["tokens"].values())]
+            terms.update(crf=sum(p["crf"] for p in parts), tv=sum(p["tv"] for p in parts))
+            weights.update(crf=config.w_align, tv=config.w_align)
+        terms.update(reconstruction(out["image"], to_unit(images), lpips))
+        weights.update(l1=0.1 * config.w_rec, l2=1.0 * config.w_rec, lpips=0.1 * config.w_rec)
+    return terms, sum(weights[name] * term for name, term in terms.items())
+
+
+def gradients(model, text, micro_batches, config, *, world=1, scaler=None, lpips=None):
+    """Forward and backward over the micro-batches of one step; gradients are left in the parameters.
+
+    micro_batches: list of (images (b,3,H,W), labels (b,H,W), numbers (b)).  -> (terms averaged over micro-batches,
+    counts: stage -> (K), candidates: stage -> function of image numbers), see `restart`.
+    """
+    device, shares_of = text.device, len(micro_batches) * world
+    found = [[targets(label.to(device)) for label in labels] for _, labels, _ in micro_batches]
+    # Totals over all processes and accumulation steps, known before any forward pass, divided by the number of shares:
+    # DDP averages over processes and the loss below over micro-batches, so each image ends up with its weight / total.
+    classes = [c for batch in found for c, _ in batch]
+    totals = summed(torch.tensor([sum(len(c) for c in classes), class_weight(classes, config.queries)], dtype=torch.float64))
+    shares = dict(num_masks=max(totals[0].item(), 1.0) / shares_of, weight=totals[1].item() / shares_of)
+    amp = dict(device_type=device.type, enabled=device.type == "cuda" and config.precision != "fp32",
+               dtype=torch.float16 if config.precision == "fp16" else torch.bfloat16)
+    logged, tokens = {}, []
+    for k, (images, _, numbers) in enumerate(micro_batches):
+        images = images.to(device, text.dtype, non_blocking=True)
+        last = k == len(micro_batches) - 1
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = last           # one exchange a step
+        with torch.autocast(**amp):
+            out = model(images, text)
+        terms, loss = loss_terms(out, images, found[k], numbers, config, shares, lpips)
+        for name, term in terms.items():
+            logged[name] = logged.get(name, 0.0) + term.detach().double() / len(micro_batches)
+            if not torch.isfinite(term):
+                raise FloatingPointError(f"loss term {name} is {term.item()}")
+        loss = loss / len(micro_batches)
+        (scaler.scale(loss) if scaler else loss).backward()
+        if "tokens" in out:
+            tokens.append((numbers, {stage: (t.counts, t.x.detach()) for stage, t in out["tokens"].items()}))
+    return logged, tokens
+
+
+def restart(model, tokens, config, step):
+    """Restart dead codes on features of this step's batch; the same on any number of processes.  stage -> how many"""
+    done = {}
+    for which, (stage, vq) in enumerate(model.quantisers().items()):
+        counts = summed(sum(found[stage][0] for _, found in tokens))
+        if vq.codebook is None:                               # the unified codebook belongs to the queries
+            continue
+        K, rng = len(counts), rng_for(config.seed, step, which, 99)
+        images, places = step * config.batch + rng.integers(config.batch, size=K), rng.random(K)
+        candidates = torch.zeros_like(vq.codebook)
+        for numbers, found in tokens:                         # whoever holds the image of code k offers its feature
+            x = found[stage][1].flatten(2)                                                # (b,D,P)
+            for k in range(K):
+                for b in (numbers == int(images[k])).nonzero()[:, 0].tolist():
+                    candidates[k] = x[b, :, int(places[k] * x.shape[2])]
+        done[stage] = restart_dead_codes(vq.codebook, vq.idle, counts, summed(candidates), config.restart_after)
+    return done
+
+
+# --- optimiser, checkpoint -----------------------------------------------------------------------------------------
+
+
+def parameter_groups(model, weight_decay):
+    """No weight decay on norms, positions, queries and codebooks (nor on the background embedding's scale: it has none)."""
+    norms = {id(p) for m in model.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()}
+    decay, free = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            plain = id(p) in norms or any(word in name for word in ("pos", "query_embed", "codebook"))
+            (free if plain else decay).append(p)
+    return [dict(params=decay, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
+
+
+def learning_rate(config, step):
+    """Linear warm-up, then poly decay with power 0.9, 0 at the end."""
+    return config.lr * min(1.0, (step + 1) / max(config.warmup, 1)) * (1 - step / config.steps) ** 0.9
+
+
+def save_checkpoint(path, model, optimizer, step, scaler):
+    """Weights, AdamW's moments, step and loss scale in one safetensors file, replaced atomically."""
+    tensors = {f"model.{name}": value for name, value in trained_state(model).items()}
+    names = {p: name for name, p in model.named_parameters()}
+    for p, state in optimizer.state.items():
+        tensors.update({f"adam.{kind}.{names[p]}": value for kind, value in state.items()})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    scale = json.dumps(scaler.state_dict() if scaler else {})
+    temporary = path.with_name("." + path.name)
+    save_file(tensors, temporary, {"step": str(step), "vlm": fingerprint(model), "scaler": scale})
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, model, optimizer, scaler):
+    """Restore what `save_checkpoint` wrote; returns the step.  Raises InputError on a damaged or foreign file."""
+    load_weights(model, path)
+    with safe_open(path, "pt") as file:
+        keys, metadata = set(file.keys()), file.metadata()
+        for name, p in model.named_parameters():
+            if f"adam.step.{name}" in keys:
+                optimizer.state[p] = {kind: file.get_tensor(f"adam.{kind}.{name}").to(p.device if kind != "step" else "cpu")
+                                      for kind in ("step", "exp_avg", "exp_avg_sq")}
+    if scaler:
+        scaler.load_state_dict(json.loads(metadata["scaler"]))
+    return int(metadata["step"])
+
+
+# --- the run -------------------------------------------------------------------------------------------------------
+
+
+def training_set(config):
+    if config.preset == "world" and not config.data:
+        return World("train")
+    if not config.data:
+        raise InputError(f"preset {config.preset} trains on a folder: give --data DIR with images/, labels/, classes.txt")
+    return Folder(config.data, ignore=config.ignore, crop=config.short_side, short_side=config.short_side, long_side=config.long_side)
+
+
+def run_directory(config, resume):
+    """The run directory, made ready; raises InputError rather than overwrite a run."""
+    run = Path(config.out or f"runs/{config.preset}-{config.model}-{config.seed}")
+    if not resume and (run / "config.json").exists():
+        raise InputError(f"{run}: holds a run already; go on with --resume {run}, or choose another --out")
+    return run
+
+
+def train(config, resume=False, device="cpu"):
+    """Train as `config` says, score, draw.  Returns the run directory."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    main = rank == 0
+    if config.batch % (world * config.accumulate):
+        raise InputError(f"--batch {config.batch} cannot be split over {world} processes x {config.accumulate} accumulation "
+                         f"steps; the nearest that can is {max(1, round(config.batch / (world * config.accumulate))) * world * config.accumulate}")
+    if config.align not in ("scale-free", "literal", "none"):
+        raise InputError(f"--align {config.align}: there are scale-free, literal and none")
+    run = run_directory(config, resume)
+    dataset = training_set(config)
+    dataset.draw(config.seed, 0)                              # a broken dataset speaks up before anything is written
+
+    torch.manual_seed(config.seed)
+    model = build(config).to(device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr)
+    scaler = torch.amp.GradScaler() if config.precision == "fp16" and device.startswith("cuda") else None
+    lpips = load_lpips(device) if config.model == "pat" else None
+    start = load_checkpoint(run / "checkpoint.safetensors", model, optimizer, scaler) if resume else 0
+    text = model.vlm.embed_text(dataset.names)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    loader = DataLoader(Stream(dataset, config, start, rank, world), config.batch // (world * config.accumulate),
+                        num_workers=config.workers, pin_memory=device.startswith("cuda"))
+    if main:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        lines = (run / "log.jsonl").read_text().splitlines() if resume and (run / "log.jsonl").exists() else []
+        log = open(run / "log.jsonl", "w")
+        log.writelines(line + "\n" for line in lines if json.loads(line)["step"] < start)
+        tqdm.write(f"{config.model.upper()} {config.preset}: {trainable(model):,} trainable parameters, {config.batch} images a "
+                   f"step on {world} process(es), {device}" + ("" if lpips or config.model == "san" else "; LPIPS off, no VGG weights"))
+    samples, seen, since = iter(loader), {}, time.perf_counter()
+    stop = min(config.steps, config.stop_at or config.steps)
+    bar = tqdm(range(start, stop), initial=start, total=stop, unit="step", disable=not main)
+    for step in bar:
+        micro_batches = [next(samples) for _ in range(config.accumulate)]
+
+        # ---- the step ----
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            terms, tokens = gradients(wrapped, text, micro_batches, config, world=world, scaler=scaler, lpips=lpips)
+        except FloatingPointError as error:
+            raise InputError(f"step {step}: {error}; the last checkpoint in {run} is whole, try a smaller --lr") from error
+        if scaler:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        scaler.step(optimizer) if scaler else optimizer.step()
+        if scaler:
+            scaler.update()
+        restarted = restart(model, tokens, config, step) if config.restart_after and tokens else {}
+        # ---- end of the step ----
+
+        for stage in (tokens[0][1] if tokens else {}):
+            seen[stage] = seen.get(stage, 0) + sum(found[stage][0] for _, found in tokens)
+        if (step + 1) % config.log_every == 0 or step + 1 == stop:
+            line = {"step": step, "lr": learning_rate(config, step), "grad_norm": norm.item()}
+            line.update({name: summed(value.item()) / world for name, value in terms.items()})
+            line["ms_per_step"] = 1000 * (time.perf_counter() - since) / ((step - start) % config.log_every + 1)
+            if device.startswith("cuda"):
+                line["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            for stage, counts in seen.items():
+                x = tokens[0][1][stage][1].movedim(1, -1).flatten(0, 2)
+                line[stage] = {**codebook_health(summed(counts), model.codebook(stage), x), "restarted": restarted.get(stage, 0)}
+            seen, since = {}, time.perf_counter()
+            if main:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if k in ("ce_2", "dice_2", "l2", "vq")})
+        if main and ((step + 1) % config.save_every == 0 or step + 1 == stop):
+            save_checkpoint(run / "checkpoint.safetensors", model, optimizer, step + 1, scaler)
+    if main:
+        log.close()
+        if stop < config.steps:
+            print(f"stopped after {stop} of {config.steps} steps; go on with: python train.py --resume {run}")
+        else:
+            test = World("val", config.val_images) if config.preset == "world" and not config.data else dataset
+            table = score_table({f"{config.model.upper()} {run}": (model, config, test)}, device,
+                                data=config.data or "the world's test scenes")
+            write_scores(run / "scores", table)
+            write_files({run / "samples.png": sample_sheet(model, test, device=device)})
+            print(format_table(table), end="")
+            print(f"written: config.json, log.jsonl, checkpoint.safetensors, scores.txt, scores.json, samples.png in {run}")
+    return run
+
+
+def parse(argv=None):
+    """(config, resume, device) from the command line: every field of TrainConfig is a flag."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run, with the settings it was started with")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    for field in fields(TrainConfig):
+        flag, kind, default = "--" + field.name.replace("_", "-"), type(field.default), argparse.SUPPRESS
+        if kind is bool:                                      # --no-vmf for what is on, --unified for what is off
+            flag = flag.replace("--", "--no-") if field.default else flag
+            parser.add_argument(flag, dest=field.name, action="store_false" if field.default else "store_true", default=default)
+        elif kind is tuple:
+            parser.add_argument(flag, nargs="*", type=str if field.name == "decoder_stages" else int, default=default)
+        else:
+            parser.add_argument(flag, type=kind, default=default)
+    parser.add_argument("--no-align", dest="align", action="store_const", const="none", default=argparse.SUPPRESS)
+    args = vars(parse_flags(parser, argv))
+    resume, device = args.pop("resume"), args.pop("device")
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
+    if resume:
+        extra = sorted(set(args) - {"stop_at"})
+        if extra:
+            raise InputError(f"--resume takes its settings from {resume}/config.json; leave out --{extra[0].replace('_', '-')}")
+        config = load_config(resume, TrainConfig)
+        config.out, config.stop_at = str(resume), args.get("stop_at", 0)
+        return config, True, device
+    return recipe(args.pop("preset", "world"), **args), False, device
+
+
+def main():
+    config, resume, device = parse()
+    if "RANK" in os.environ:                                  # started by torchrun
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+    try:
+        train(config, resume, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_cli(main)
