@@ -64,7 +64,7 @@ def measure(preset, model_name, training, batch, rounds, queue):
     config = recipe(preset, model=model_name, pretrained="none", batch=batch)
     torch.manual_seed(0)
     model = build(config).train(training)
-    text = F.normalize(torch.randn(70 if preset == "world" else 171, model.vlm.text_width), dim=-1)
+    text = F.normalize(torch.randn(len(World.train_names) if preset == "world" else 171, model.vlm.text_width), dim=-1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     micro, seconds, spent = samples(config, batch), [], defaultdict(float)
     for k in range(rounds + 1):

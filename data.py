@@ -13,10 +13,10 @@ only in test scenes.  Every colour and every shape is among the seen, so "unseen
 Every draw is keyed: sample n of seed s is always the same picture, whoever asks for it and on however many processes.
 So there is no sampler and no shuffling state to save: the step number says it all.
 
-A dataset is anything with `names`, `groups` (class ids whose scores are averaged apart), `crop` (S), `len()`, `data[i]`
-for testing and `data.draw(seed, n)` for training; `World` and `Folder` below are two.
+A dataset is anything with `names`, `train_names`, `groups` (class ids whose scores are averaged apart), `crop` (S),
+`len()`, `data[i]` for testing and `data.draw(seed, n)` for training; `World` and `Folder` below are two.
 
-Demo: `python data.py` draws a contact sheet of the world.  Tests: tests/test_data.py.  Read next: train.py.
+Demo: `python data.py` draws a contact sheet of the world.  Tests: tests/test_data.py.  Read next: hsattn.py.
 """
 
 import colorsys
@@ -318,6 +318,8 @@ class World:
 
     names, crop = WORLD_NAMES, 64
     groups = {"seen": SEEN, "unseen": UNSEEN, "stuff": tuple(range(64, 70))}
+    train_ids = SEEN + tuple(range(64, 70))
+    train_names = tuple(WORLD_NAMES[i] for i in train_ids)        # unseen names are not even wrong answers in training
 
     def __init__(self, split="val", length=500, seed=0):
         if split not in ("train", "val"):
@@ -328,9 +330,9 @@ class World:
         return self.length
 
     def draw(self, seed, n):
-        """Training sample n of stream `seed`: image (3,64,64) float, normalised; label (64,64) int64, none unseen."""
+        """Training sample n of stream `seed`: image (3,64,64) float, normalised; label (64,64), ids of `train_names`."""
         image, label, _, _ = scene(rng_for(seed, TRAIN, n), classes=SEEN)
-        return to_tensor(image), torch.from_numpy(label)
+        return to_tensor(image), torch.from_numpy(np.searchsorted(self.train_ids, label))
 
     def __getitem__(self, i):
         """Test scene i: dict of image (3,64,64) float, label (64,64) int64, name, original (64,64,3) uint8.
@@ -390,7 +392,7 @@ class Folder:
                 more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
                 raise InputError(f"{root}: no {what} for {', '.join(lone[:3])}{more}; add it, or remove the file")
         self.pairs = [(images[stem], labels[stem]) for stem in sorted(images)]
-        self.names = parse_names(names) if names is not None else read_classes(root / "classes.txt")
+        self.names = self.train_names = parse_names(names) if names is not None else read_classes(root / "classes.txt")
         if 0 <= ignore < len(self.names):
             raise InputError(f"{root}: ignore value {ignore} is the id of {self.names[ignore]!r} too; give another, "
                              "such as 65535")

@@ -272,7 +272,7 @@ def train(config, resume=False, device="cpu"):
     scaler = torch.amp.GradScaler() if config.precision == "fp16" and device.startswith("cuda") else None
     lpips = load_lpips(device) if config.model == "pat" else None
     start = load_checkpoint(run / "checkpoint.safetensors", model, optimizer, scaler) if resume else 0
-    text = model.vlm.embed_text(dataset.names)
+    text = model.vlm.embed_text(dataset.train_names)
     wrapped = DistributedDataParallel(model) if world > 1 else model
     loader = DataLoader(Stream(dataset, config, start, rank, world), config.batch // (world * config.accumulate),
                         num_workers=config.workers, pin_memory=device.startswith("cuda"))

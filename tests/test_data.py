@@ -50,10 +50,19 @@ def test_43_of_64_objects_are_seen_and_every_colour_and_shape_is_among_them():
 
 def test_training_scenes_hold_no_unseen_class_and_test_scenes_do():
     """150 training scenes show seen classes and stuff only; 150 test scenes show nearly all 70."""
-    drawn = {i for n in range(150) for i in World("train").draw(0, n)[1].unique().tolist()}
+    drawn = {i for n in range(150) for i in scene(rng_for(0, data.TRAIN, n), classes=SEEN)[1].flatten().tolist()}
     tested = {i for sample in World("val", length=150) for i in sample["label"].unique().tolist()}
     assert not drawn & set(UNSEEN) and len(drawn & set(SEEN)) >= 40 and set(range(64, 70)) <= drawn
     assert len(tested & set(UNSEEN)) >= 18 and len(tested & set(SEEN)) >= 38
+
+
+def test_training_labels_count_through_the_training_names():
+    """49 names in training: 43 seen objects, 6 stuffs; id k of a drawn label is the k-th of them, in the scene's order."""
+    world = World("train")
+    assert len(world.train_names) == 49 and not set(world.train_names) & {OBJECTS[i] for i in UNSEEN}
+    for n in range(5):
+        stored, drawn = scene(rng_for(3, data.TRAIN, n), classes=SEEN)[1], world.draw(3, n)[1].numpy()
+        assert [world.train_names[i] for i in drawn.flatten()] == [World.names[i] for i in stored.flatten()]
 
 
 def test_test_scenes_are_never_training_scenes():

@@ -36,7 +36,7 @@ def one_step(config, rank=0, world=1, restart_codes=False):
     """Gradients in float64 (or the codebooks after restarting dead codes) of the first step; name -> tensor."""
     torch.manual_seed(config.seed)
     model = build(config).double().train()
-    text = model.vlm.embed_text(World.names[:70])
+    text = model.vlm.embed_text(World.train_names)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     _, tokens = gradients(wrapped, text, micro_batches(config, rank, world), config, world=world)
     if restart_codes:
