@@ -2,7 +2,7 @@
 
     y = W_post zq_latent (B,g,g,256)        q = Linear(q8)
     late, mid, early:   y = Up(y);   y = SPADE-Transformer(y | W_post zq_stage);   q = CrossAttn(q, y)
-    two plain blocks                                                  y (B,160,160,256)
+    two plain blocks, then LN before every head                       y (B,160,160,256)
     masks  = MLP(q) · MLP(y)                                          (B,100,160,160)
     bias   = MLP(q) · MLP_heads(average pool of y to the side grid)   (B,12,100,40,40)   what CLIP's copies attend to
     image^ = ConvTranspose(y)                                         (B,3,640,640) in [0,1] units
@@ -14,7 +14,7 @@ decoder stays light.  One mask head serves both supervised outputs: after the th
 
 # paper: Eq. 3, SPADE conditions per stage, DySample, cross-attention of the queries at each stage, two heads.
 # ours: pre-norm transformer blocks with two SPADEs each; spatial-reduction attention ("full" turns it off); pooling for
-#       the bias; MLP heads as SAN's.
+#       the bias; MLP heads as SAN's; the LN before the heads (without it the pixel loss follows every drift of y).
 
 Maps inside this file are (B,h,w,c), channels last: linears, norms and attention read them as they are.
 Demo: `python decoder.py` up-samples a disc with DySample.  Tests: tests/test_decoder.py.  Read next: pat.py.
@@ -152,6 +152,7 @@ class Decoder(nn.Module):
             self.up[stage], before = Up(width, self.scales[stage] / before), self.scales[stage]
         self.spade = nn.ModuleDict({s: DecoderBlock(width, heads, spade_hidden) for s in self.stages})
         self.plain = nn.ModuleList(DecoderBlock(width, heads) for _ in range(2))
+        self.norm = nn.LayerNorm(width)                       # pre-norm blocks leave y unnormalised
         self.query = self.cross = self.head = self.pixel_head = None
         if "masks" in tasks:
             self.query = nn.Linear(query_width, width)
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
         if self.head:
             self.predict(q, y, g, out)
         if self.pixel_head:
-            out["image"] = self.pixel_head(y.permute(0, 3, 1, 2))                         # (B,3,H,W)
+            out["image"] = on_map(self.pixel_head, self.norm(y)).permute(0, 3, 1, 2)      # (B,3,H,W)
         return out
 
     def pool(self, y, g):
@@ -190,6 +191,7 @@ class Decoder(nn.Module):
         return 1 if self.full else y.shape[1] // g[0]
 
     def predict(self, q, y, g, out):
+        y = self.norm(y)
         masks, bias = self.head(q, y, on_map(lambda x: F.avg_pool2d(x, y.shape[1] // g[0]), y))
         out["masks"].append(masks)
         out["bias"].append(bias)

@@ -67,19 +67,20 @@ class TrainConfig(PATConfig):
     align: str = "scale-free"          # or "literal", the paper's; "none" (--no-align) drops it, Table II
     crf_samples: int = 1000            # pixels an image and stage
     restart_after: int = 0             # steps without use before a code restarts; 0 = never (the paper)
+    restart_share: float = 0.0         # "use" means more than this fraction of an even share of the features
     workers: int = 0                   # data-loading processes
     log_every: int = 50                # steps
     save_every: int = 1000
     stop_at: int = 0                   # stop, with a checkpoint, after this many steps; --resume goes on
-    val_images: int = 500              # test scenes of the world
+    val_images: int = 300              # test scenes of the world
 
 
 def recipe(name, **changes):
     """The training preset that goes with a model preset."""
     numbers = dict(asdict(preset(name)))
     if name == "world":
-        numbers.update(steps=1100, batch=16, lr=2e-3, warmup=50, clip=1.0, points=1024, crf_samples=256, restart_after=100,
-                       weight_decay=0.01, save_every=200)
+        numbers.update(steps=1300, batch=8, lr=8e-4, warmup=100, clip=1.0, weight_decay=0.01, points=1024, crf_samples=128,
+                       w_vq=5.0, w_rec=60.0, restart_after=10, restart_share=0.2, save_every=200, log_every=20)
     return TrainConfig(**{**numbers, **changes})
 
 
@@ -184,7 +185,8 @@ def restart(model, tokens, config, step):
             for k in range(K):
                 for b in (numbers == int(images[k])).nonzero()[:, 0].tolist():
                     candidates[k] = x[b, :, int(places[k] * x.shape[2])]
-        done[stage] = restart_dead_codes(vq.codebook, vq.idle, counts, summed(candidates), config.restart_after)
+        done[stage] = restart_dead_codes(vq.codebook, vq.idle, counts, summed(candidates), config.restart_after,
+                                         config.restart_share)
     return done
 
 
@@ -304,7 +306,8 @@ def train(config, resume=False, device="cpu"):
         scaler.step(optimizer) if scaler else optimizer.step()
         if scaler:
             scaler.update()
-        restarted = restart(model, tokens, config, step) if config.restart_after and tokens else {}
+        settle = step > 0.85 * config.steps                   # the last steps are for learning with the codes there are
+        restarted = restart(model, tokens, config, step) if config.restart_after and tokens and not settle else {}
         # ---- end of the step ----
 
         for stage in (tokens[0][1] if tokens else {}):

@@ -108,14 +108,15 @@ def codebook_health(counts, codes, x=None):
 
 
 @torch.no_grad()
-def restart_dead_codes(codebook, idle, counts, candidates, restart_after):
-    """Put codes that nobody chose for `restart_after` steps onto features of this batch, in place.
+def restart_dead_codes(codebook, idle, counts, candidates, restart_after, share=0.0):
+    """Put codes that hardly anybody chose for `restart_after` steps onto features of this batch, in place.
 
     codebook (K,D), idle (K) int64 steps since each code's last use, counts (K) of this step over all processes,
-    candidates (K,D) one feature per code, the same on every process.  Returns how many codes restarted.
+    candidates (K,D) one feature per code, the same on every process.  A step counts as use if the code was chosen more
+    than `share` times as often as in an even distribution; 0: at all.  Returns how many codes restarted.
     """
     idle += 1
-    idle[counts > 0] = 0
+    idle[counts > share * counts.sum() / len(counts)] = 0
     dead = idle >= restart_after
     codebook[dead] = candidates[dead].to(codebook)
     idle[dead] = 0
