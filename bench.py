@@ -4,8 +4,9 @@
     python bench.py --preset coco   one 640x640 image, one training step and one inference of each, random CLIP weights
     python bench.py --preset coco-eva
 
-Each row runs in a process of its own, so that its peak memory is its own; the first of its rounds is not counted, of the
-others the median is.  Ratios within one call are comparable; absolute times depend on the machine and on what else runs.
+Each row runs in a process of its own, so that its peak memory is its own; its first round is not counted, the median of
+the others is.  A training round is forward, losses, backward and AdamW's step, without drawing the images.  Ratios within
+one call are comparable; absolute times depend on the machine and on what else it does.
 
 Tests: tests/test_bench.py.
 """
@@ -16,13 +17,14 @@ import resource
 import statistics
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
 
-from data import World, run_cli
+from data import InputError, World, run_cli
 from eval import parse_flags
-from pat import build
+from pat import PAT, build
 from train import gradients, recipe
 
 
@@ -40,10 +42,13 @@ def watch(model, spent):
     """Make the parts of a model report their forward time."""
     model.vlm.features = timed(model.vlm.features, "CLIP features", spent)
     model.vlm.recognise = timed(model.vlm.recognise, "recognition", spent)
-    for name, module in (("side ViT + semantic", model.side), ("pixel branch", getattr(model, "pixels", None)),
-                         ("latent", getattr(model, "latent", None)), ("decoder", getattr(model, "decoder", None) or model.head),
-                         *(("fusion", fuse) for fuse in model.fusion)):
-        if module is not None:
+    parts = {"side ViT + semantic": [model.side], "fusion": model.fusion}
+    if isinstance(model, PAT):
+        parts.update({"pixel branch": [model.pixels], "latent": [model.latent], "decoder": [model.decoder]})
+    else:
+        parts["mask head"] = [model.head]
+    for name, modules in parts.items():
+        for module in modules:
             module.forward = timed(module.forward, name, spent)
 
 
@@ -59,12 +64,13 @@ def samples(config, n):
     return torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn]), torch.arange(n)
 
 
-def measure(preset, model_name, training, batch, rounds, queue):
-    """Seconds per round (median), peak memory, parts; put on the queue."""
+def measure(preset, model_name, training, batch, rounds):
+    """(median seconds a round, peak memory in GiB, mean seconds a round, of which each part's); run in a fresh process."""
     config = recipe(preset, model=model_name, pretrained="none", batch=batch)
     torch.manual_seed(0)
     model = build(config).train(training)
-    text = F.normalize(torch.randn(len(World.train_names) if preset == "world" else 171, model.vlm.text_width), dim=-1)
+    names = len(World.train_names) if preset == "world" else 171
+    text = F.normalize(torch.randn(names, model.vlm.text_width), dim=-1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     micro, seconds, spent = samples(config, batch), [], defaultdict(float)
     for k in range(rounds + 1):
@@ -80,7 +86,8 @@ def measure(preset, model_name, training, batch, rounds, queue):
                 model(micro[0], text)
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    queue.put((statistics.median(seconds[1:]), peak, {name: s / rounds for name, s in spent.items()}))
+    seconds = seconds[1:]
+    return statistics.median(seconds), peak, statistics.mean(seconds), {name: s / rounds for name, s in spent.items()}
 
 
 def main():
@@ -88,24 +95,22 @@ def main():
     parser.add_argument("--preset", default="world", choices=("world", "coco", "coco-eva"))
     parser.add_argument("--rounds", type=int, default=5)
     args = parse_flags(parser)
-    spawn, batch = multiprocessing.get_context("spawn"), 16 if args.preset == "world" else 1
+    if args.rounds < 1:
+        raise InputError(f"--rounds {args.rounds}: takes a positive number")
+    batch, spawn = 16 if args.preset == "world" else 1, multiprocessing.get_context("spawn")
     print(f"{args.preset}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch {batch}, "
           f"median of {args.rounds} rounds after one")
     print(f"{'':16}{'s/round':>9}{'images/s':>10}{'peak GiB':>10}{'vs SAN':>8}")
-    san = {}
     for training in (True, False):
+        san, what = None, "training" if training else "inference"
         for model in ("san", "pat"):
-            queue = spawn.Queue()
-            process = spawn.Process(target=measure, args=(args.preset, model, training, batch, args.rounds, queue))
-            process.start()
-            seconds, peak, spent = queue.get()
-            process.join()
-            what = "training" if training else "inference"
-            san.setdefault(what, seconds)
-            print(f"{model.upper()} {what:12}{seconds:9.3f}{batch / seconds:10.1f}{peak:10.2f}{seconds / san[what]:8.2f}")
-            rest = seconds - sum(spent.values())
-            spent["losses, backward, optimiser" if training else "rest"] = rest
-            print("    " + ", ".join(f"{name} {100 * s / seconds:.0f}%" for name, s in spent.items()))
+            with ProcessPoolExecutor(1, spawn) as fresh:
+                seconds, peak, mean, spent = fresh.submit(measure, args.preset, model, training, batch, args.rounds).result()
+            san = san or seconds
+            ratio = seconds / san
+            print(f"{model.upper()} {what:12}{seconds:9.3f}{batch / seconds:10.1f}{peak:10.2f}{ratio:8.2f}", flush=True)
+            spent["losses, backward, optimiser" if training else "rest"] = mean - sum(spent.values())
+            print("    " + ", ".join(f"{name} {100 * s / mean:.0f}%" for name, s in spent.items()), flush=True)
 
 
 if __name__ == "__main__":

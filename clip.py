@@ -1,4 +1,4 @@
-"""The frozen vision-language model: what PAT and SAN stand on and never change.
+"""The frozen vision-language model: what PAT and SAN stand on.
 
 A contrastive model puts an image and a sentence on one sphere.  Four things are asked of it here, for two families
 (OpenAI's ViT through open_clip, EVA-02 through timm), behind one small class, `VLM`:
@@ -16,12 +16,13 @@ Who attends to whom in `recognise` (rows attend to columns; additive, 0 = freely
         patches       0          0        -inf
         copies      -100       bias       -inf, but 0 on the diagonal
 
-Reference size: ViT-B/16, image (B,3,640,640), CLIP sees 320 -> maps (B,768,20,20) at depths 0,3,6,9, bias (B,12,100,40,40).
+Reference size: ViT-B/16, image (B,3,640,640), CLIP sees 320 -> maps (B,768,20,20) at depths 0,3,6,9;
+bias (B,12,100,40,40).
 Everything is frozen but the visual position embedding (151,296 numbers for ViT-B/16), as SAN has it.
 
 # paper: frozen CLIP ViT-B/16 or EVA02-B/16.  Recognition with biased cls copies: SAN.
-# ours: the world's tiny CLIP, trained by `python clip.py --pretrain` in about an hour on two cores and shipped as
-#       world_clip.safetensors; `python clip.py` prints its zero-shot accuracy.
+# ours: the world's tiny CLIP, trained by `python clip.py --pretrain` and shipped as world_clip.safetensors;
+#       `python clip.py` prints its zero-shot accuracy.
 
 Tests: tests/test_clip.py.  Read next: san.py.  B, H, W, C, Q, L: see hsattn.py; E the width of the joint space.
 """
@@ -219,7 +220,7 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def embed_text(self, names):
-        """names (L strings) -> (L,E) unit: the mean over the templates of each sentence's unit embedding, renormalised."""
+        """names (L strings) -> (L,E) unit: per name the mean over the templates of unit embeddings, renormalised."""
         names = tuple(names)
         device = self.positions.device
         if (names, device) not in self.cache:
@@ -256,7 +257,8 @@ def pretrain_batch(step, n, size, seed):
     for i in range(n):
         single = size == 32 or i % 3 == 0
         objects = (1, 1) if single else (i % 3 - 1, 4)
-        image, _, things, grounds = scene(rng_for(seed, 78, step, i, size), size, objects, stuffs=(1, 1 if single else 2))
+        stuffs = (1, 1 if single else 2)
+        image, _, things, grounds = scene(rng_for(seed, 78, step, i, size), size, objects, stuffs=stuffs)
         images.append(torch.from_numpy(image))
         names.append(set(captions(things, grounds, grain)))
     vocabulary = sorted(set().union(*names))

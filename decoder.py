@@ -8,13 +8,13 @@
     image^ = ConvTranspose(y)                                         (B,3,640,640) in [0,1] units
 
 SPADE lets a map c modulate every pixel:  SPADE(x, c) = norm(x) * (1 + gamma(c)) + beta(c), the norm free of parameters.
-DySample up-samples by looking: each new pixel reads the old map at a learned offset; with zero offsets it is bilinear x2.
+DySample up-samples by looking: each new pixel reads the old map at a learned offset; zero offsets are bilinear x2.
 Keys and values of every self-attention are average-pooled onto the side grid, in training and at any test size, so the
 decoder stays light.  One mask head serves both supervised outputs: after the three stages, and at the end.
 
 # paper: Eq. 3, SPADE conditions per stage, DySample, cross-attention of the queries at each stage, two heads.
 # ours: pre-norm transformer blocks with two SPADEs each; spatial-reduction attention ("full" turns it off); pooling for
-#       the bias; MLP heads as SAN's; the LN before the heads (without it the pixel loss follows every drift of y).
+#       the bias; MLP heads as SAN's; one LN before the heads.
 
 Maps inside this file are (B,h,w,c), channels last: linears, norms and attention read them as they are.
 Demo: `python decoder.py` up-samples a disc with DySample.  Tests: tests/test_decoder.py.  Read next: pat.py.
@@ -51,15 +51,15 @@ class DySample(nn.Module):
     def forward(self, x):
         """(B,c,h,w) -> (B,c,2h,2w)"""
         B, _, h, w = x.shape
-        offset = F.pixel_shuffle(0.25 * self.offset(x), 2)                                # (B,2*groups,2h,2w), old pixels
+        offset = F.pixel_shuffle(0.25 * self.offset(x), 2)                                # (B,2*groups,2h,2w)
         offset = offset.reshape(B * self.groups, 2, 2 * h, 2 * w).permute(0, 2, 3, 1)        # (B*groups,2h,2w,2)
         ys = (torch.arange(2 * h, device=x.device) + 0.5) / 2                             # where bilinear would look
         xs = (torch.arange(2 * w, device=x.device) + 0.5) / 2
         where = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1) + offset
         where = 2 * where / where.new_tensor([w, h]) - 1                                  # to grid_sample's [-1,1]
-        x = F.grid_sample(x.reshape(B * self.groups, -1, h, w), where.to(x.dtype), padding_mode="border",
-                          align_corners=False)
-        return x.view(B, -1, 2 * h, 2 * w)
+        groups = x.reshape(B * self.groups, -1, h, w).to(where.dtype)                     # bf16 cannot tell places apart
+        groups = F.grid_sample(groups, where, padding_mode="border", align_corners=False)
+        return groups.view(B, -1, 2 * h, 2 * w).to(x.dtype)
 
 
 class Up(nn.Sequential):
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
     def __init__(self, *, code_dim, query_width, width, heads, spade_hidden, scales, patch, clip_heads,
                  stages=("early", "mid", "late"), tasks=("masks", "pixels"), full_attention=False):
         super().__init__()
-        self.scales = dict(zip(("early", "mid", "late"), scales))
+        self.scales, self.code_dim = dict(zip(("early", "mid", "late"), scales)), code_dim
         self.stages, self.full = [s for s in ("late", "mid", "early") if s in stages], full_attention
         self.lift = nn.ModuleDict({s: nn.Linear(code_dim, width) for s in ["latent", *self.stages]})      # W_post
         self.up, before = nn.ModuleDict(), 1
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
             self.cross = nn.ModuleDict({s: CrossAttn(width, heads) for s in self.stages})
             self.head = MaskHead(width, width, width, clip_heads)
         if "pixels" in tasks:
-            factor = patch // scales[0]
+            factor = 2 ** log2(patch / scales[0], "the pixel head")
             self.pixel_head = nn.ConvTranspose2d(width, 3, factor, factor)
 
     def forward(self, zq, q=None):
@@ -172,18 +172,19 @@ class Decoder(nn.Module):
         for stage in ("late", "mid", "early"):
             y = on_map(self.up[stage], y)                                                 # (B,h,w,c) of this stage
             if stage in self.spade:
-                c = zq[stage].permute(0, 2, 3, 1) if stage in zq else y.new_zeros(*y.shape[:3], self.lift[stage].in_features)
+                c = zq.get(stage, y.new_zeros(1, self.code_dim, *y.shape[1:3])).permute(0, 2, 3, 1)       # (B,h,w,D)
                 y = self.spade[stage](y, self.pool(y, g), self.lift[stage](c))
                 if self.head:
                     q = self.cross[stage](q, y)
         if self.head and self.training:
-            self.predict(q, y, g, out)
+            self.predict(q, self.norm(y), g, out)
         for block in self.plain:
             y = block(y, self.pool(y, g))
+        y = self.norm(y)
         if self.head:
             self.predict(q, y, g, out)
         if self.pixel_head:
-            out["image"] = on_map(self.pixel_head, self.norm(y)).permute(0, 3, 1, 2)      # (B,3,H,W)
+            out["image"] = self.pixel_head(y.permute(0, 3, 1, 2))                         # (B,3,H,W)
         return out
 
     def pool(self, y, g):
@@ -191,7 +192,6 @@ class Decoder(nn.Module):
         return 1 if self.full else y.shape[1] // g[0]
 
     def predict(self, q, y, g, out):
-        y = self.norm(y)
         masks, bias = self.head(q, y, on_map(lambda x: F.avg_pool2d(x, y.shape[1] // g[0]), y))
         out["masks"].append(masks)
         out["bias"].append(bias)

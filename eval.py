@@ -24,7 +24,7 @@ All scores are fractions 0..1, in the table and in the JSON; PSNR is in dB.  Per
 # ours: PSNR, SSIM, L1 and LPIPS of the reconstruction, each averaged over images; chance in closed form; the rule of
 #       --none-of-these; foreground accuracy (object or stuff?) in the world.
 
-Tests: tests/test_eval.py.  Read next: kernels/.  H, W original size; h, w network input without padding; see hsattn.py.
+Tests: tests/test_eval.py.  Read next: train.py.  H, W original size; h, w network input without padding; see hsattn.py.
 """
 
 import argparse
@@ -241,7 +241,7 @@ def tally_tokens(tally, seen, model):
     for stage, tokens in seen["tokens"].items():
         index, x = (unpad(t[0], seen["crop"], seen["padded"]) for t in (tokens.index, tokens.x))  # (a,b), (D,a,b)
         counts = torch.bincount(index.flatten(), minlength=len(model.codebook(stage)))
-        health = codebook_health(counts, model.codebook(stage), x.flatten(1).T)
+        health = codebook_health(counts, model.codebook(stage), x.flatten(1).T, model.config.vmf)
         total = tally.setdefault(stage, [torch.zeros_like(counts), 0, 0.0])
         total[:] = total[0] + counts, total[1] + index.numel(), total[2] + health["bf16"] * index.numel()
 
@@ -471,8 +471,8 @@ def test_set(config, data=None, ignore=255, images=None):
     """What a run is scored on: the folder `data`, or the world's test scenes for a run of the world."""
     if data is not None:
         return Folder(data, ignore=ignore, short_side=config.short_side, long_side=config.long_side)
-    if config.preset != "world":
-        raise InputError(f"a run of preset {config.preset!r} is scored on a folder: give --data DIR")
+    if config.preset != "world" or config.data:
+        raise InputError("a run that was trained on a folder is scored on one: give --data DIR")
     return World("val", **({} if images is None else {"length": images}))
 
 

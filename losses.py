@@ -1,7 +1,7 @@
 """What PAT is trained on: L = L_seg + 0.1 L_VQ + 0.1 L_align + 1.0 L_rec.
 
-    L_seg    queries and ground-truth masks are matched one to one (Hungarian), then 2 cross-entropy + 5 mask BCE + 5 dice
-             on a few thousand points, for each of the two supervised outputs
+    L_seg    queries and true masks are matched one to one (Hungarian), then 2 cross-entropy + 5 mask BCE + 5 dice on a
+             few thousand points, for each of the two supervised outputs
     L_VQ     codes and features to each other, four codebooks (vq.py)
     L_align  neighbours that look alike should get alike tokens: CRF + total variation on the straight-through zq
     L_rec    0.1 L1 + 1.0 L2 + 0.1 LPIPS between image^ and the image
@@ -64,9 +64,13 @@ def pairwise_costs(logits, truth):
 def match(masks, class_logits, classes, truth, points):
     """One image: masks (Q,h,w), class_logits (Q,L+1), classes (M), truth (M,H,W), points (n,2)
     -> indices of queries and of true masks, two (min(Q,M)), in SAN's cost 2 class + 5 BCE + 5 dice."""
+    if not len(classes):
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     logits = sample_at(masks, points.expand(len(masks), -1, -1))
     bce, dice = pairwise_costs(logits, sample_at(truth, points.expand(len(truth), -1, -1)).to(logits.dtype))
     cost = BCE * bce + DICE * dice - CE * class_logits.softmax(-1)[:, classes]
+    if not cost.isfinite().all():
+        raise FloatingPointError("the matching cost is not finite")
     rows, columns = linear_sum_assignment(cost.cpu().numpy())
     return torch.as_tensor(rows), torch.as_tensor(columns)
 
@@ -99,7 +103,7 @@ def segmentation(masks, class_logits, found, keys, *, num_masks, weight, points=
     for b, ((classes, truth), key) in enumerate(zip(found, keys)):
         gen = generator(*key)
         shared = torch.rand(points, 2, generator=gen).to(device)
-        q, m = match(masks[b], class_logits[b], classes, truth, shared) if len(classes) else (torch.empty(0).long(),) * 2
+        q, m = match(masks[b], class_logits[b], classes, truth, shared)
         said = torch.full((len(masks[b]),), L, device=device)
         said[q.to(device)] = classes[m.to(device)]
         weights = torch.where(said == L, NO_OBJECT, 1.0)
@@ -153,7 +157,7 @@ def alignment(zq, image, keys, form="scale-free", samples=1000):
 
 @functools.lru_cache
 def load_lpips(device="cpu"):
-    """LPIPS-VGG, frozen, or None when its backbone is not in the torch hub cache; never downloads, never unpickles code.
+    """LPIPS-VGG, frozen, or None when its backbone is not in the torch hub cache; never downloads or unpickles code.
 
     Raises InputError if the file is there but is not torchvision's VGG-16.
     """

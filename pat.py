@@ -45,13 +45,16 @@ STAGES = PYRAMID + ("latent",)
 
 @dataclass
 class PATConfig(SANConfig):
-    """Every number and every switch of the model; defaults are the paper's."""
+    """Every number and every switch of the model; defaults are the paper's where it states them."""
 
     model: str = "pat"                 # pat or san
     preset: str = "coco"               # which preset these numbers started from
     seed: int = 0                      # of the weights and of every draw in training
     short_side: int = 640              # pixels of the shorter image side at test time, and of the training crop
     long_side: int = 2560              # the longer side is at most this
+    data: str = ""                     # the folder it is trained on; the world needs none
+    val_data: str = ""                 # the folder it is scored on; "" = the first images of `data`
+    ignore: int = 255                  # value in the folders' label files that means unlabelled
     codes: tuple = (128, 64, 32, 256)  # K of early, mid, late, latent
     code_dim: int = 32                 # D
     kappa: float = 30.0                # concentration of HSAttn (Mean Shift Mask Transformer's)
@@ -100,6 +103,8 @@ class TokenMixer(nn.Module):
 def halvings(first, width, times):
     """The stem: `times` 3x3 stride-2 convolutions with GELU between, 64 channels inside, first -> width."""
     widths = [first] + [64] * (times - 1) + [width]
+    if times == 0:                                            # tokens as fine as pixels: nothing to halve
+        return nn.Sequential(nn.Conv2d(first, width, 3, 1, 1))
     layers = []
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GELU()]
@@ -163,9 +168,6 @@ class PAT(SAN):
 
     def build(self):
         c = self.config
-        for stage in c.decoder_stages:
-            if stage not in PYRAMID:
-                raise InputError(f"--decoder-stages {stage}: there are {', '.join(PYRAMID)}")
         sizes = [c.queries] * 3 if c.unified else list(c.codes[:3])
         self.pixels = PixelBranch(width=c.width, codes=c.codes[:3], code_dim=c.code_dim, scales=c.scales, patch=c.patch,
                                   vmf=c.vmf, residual=c.residual, unified=c.unified)
@@ -207,8 +209,7 @@ class PAT(SAN):
 
         def update(i, q, z):                                  # what happens between two side blocks
             nonlocal t
-            codes = self.pixels.vq[PYRAMID[i - 1]].codes(given[PYRAMID[i - 1]])
-            t, q = self.semantic[i - 1](codes, q, z, t)
+            t, q = self.semantic[i - 1](self.codebook(PYRAMID[i - 1]), q, z, t)
             return q
 
         q, z = self.side(image, f, update)[-1]
@@ -217,15 +218,38 @@ class PAT(SAN):
         out = self.decoder(zq, q)
         if self.pixel_decoder is not None:
             out["image"] = self.pixel_decoder(zq)["image"]
-        classes = [self.classify(pyramid, bias, text).to(image.dtype) for bias in out.pop("bias")]
+        classes = [self.classify(pyramid, bias, text) for bias in out.pop("bias")]
         masks = [m.to(image.dtype) for m in out["masks"]]     # autocast ends here: losses and scores are fp32
         return dict(masks=masks, classes=classes, image=out["image"].to(image.dtype), tokens=tokens)
 
 
+SWITCHES = dict(vmf=True, mixer=True, residual=True, unified=False, separate_decoders=False, decoder_stages=PYRAMID,
+                scales=(4, 2, 1), decoder_attention="pooled")
+
+
+def check(c):
+    """Raises InputError, naming the flag, for numbers of a config that do not fit together."""
+    choices = dict(model=("pat", "san"), decoder_attention=("pooled", "full"))
+    for name, allowed in choices.items():
+        if getattr(c, name) not in allowed:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: there are {' and '.join(allowed)}")
+    for stage in c.decoder_stages:
+        if stage not in PYRAMID:
+            raise InputError(f"--decoder-stages {stage}: there are {', '.join(PYRAMID)}")
+    for name, lengths in dict(scales=(3,), codes=(4,), depths=(0, 4)).items():
+        if len(getattr(c, name)) not in lengths or any(n < (name != "depths") for n in getattr(c, name)):
+            raise InputError(f"--{name} {' '.join(map(str, getattr(c, name)))}: takes {lengths[-1]} positive numbers")
+    for heads, width in (("heads", "width"), ("hs_heads", "width"), ("decoder_heads", "decoder_width")):
+        if getattr(c, heads) < 1 or getattr(c, width) % getattr(c, heads):
+            raise InputError(f"--{heads.replace('_', '-')} {getattr(c, heads)} does not divide the width {getattr(c, width)}")
+    changed = [name for name, value in SWITCHES.items() if getattr(c, name) != value]
+    if c.model == "san" and changed:
+        raise InputError(f"--model san has no {changed[0].replace('_', ' ')} to switch: that flag is PAT's")
+
+
 def build(config):
     """SAN or PAT, as `config.model` says.  Raises InputError for numbers that do not fit together."""
-    if config.model not in ("pat", "san"):
-        raise InputError(f"no model is called {config.model!r}; there are pat and san")
+    check(config)
     return (PAT if config.model == "pat" else SAN)(config)
 
 
@@ -276,7 +300,7 @@ def load_config(run, config_class=PATConfig):
         known = {field.name for field in fields(config_class)}
         return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{run}: not a run directory (config.json: {error}); make one with `python train.py`") from error
+        raise InputError(f"{run}: no run directory (config.json: {error}); make one with `python train.py`") from error
 
 
 def load_run(run, device="cpu"):
@@ -287,7 +311,7 @@ def load_run(run, device="cpu"):
     config, path = load_config(run), Path(run) / "checkpoint.safetensors"
     if not path.is_file():
         raise InputError(f"{path}: no such file; the run has not written a checkpoint yet")
-    torch.manual_seed(config.seed)                            # random CLIP weights (pretrained "none") come from the seed
+    torch.manual_seed(config.seed)                            # with pretrained "none", CLIP's weights come from the seed
     model = build(config)
     load_weights(model, path)
     return model.to(device).eval(), config

@@ -12,7 +12,7 @@ ViT-B/16 at 640: z (B,1600,240), q (B,100,240), masks (B,100,40,40), 8,370,866 t
 This is the complete baseline of the paper, numerically the published one (tests/test_san.py checks it against numbers
 that the published code computed), and it loads the published checkpoints by their own key names.
 
-# paper: "our baseline is SAN".  Everything here is SAN's: sizes, fusion depths, heads, supervision after the last two blocks.
+# paper: SAN is the baseline.  Everything here is SAN's: sizes, fusion depths, heads, supervision of the last two blocks.
 # differs: the two heads are plain linears on tokens where SAN writes 1x1 convolutions: same function, same weights.
 
 Demo: `python san.py` counts the parameters of the reference size.  Tests: tests/test_san.py.  Read next: decoder.py.
@@ -186,7 +186,7 @@ class MaskHead(nn.Module):
 
 
 class SAN(nn.Module):
-    """The whole baseline.  `model(image, text)` -> dict(masks=[...], classes=[...]), the last entry is the prediction."""
+    """The whole baseline.  `model(image, text)` -> dict(masks=[...], classes=[...]); the last entries predict."""
 
     def __init__(self, config):
         super().__init__()
@@ -195,7 +195,7 @@ class SAN(nn.Module):
         self.side = SideViT(width=c.width, depth=c.depth, heads=c.heads, patch=c.patch, grid=c.grid, queries=c.queries)
         self.fusion = nn.ModuleList(Fusion(self.vlm.width, c.width) for _ in self.vlm.depths)
         self.background = nn.Parameter(torch.randn(1, self.vlm.text_width) * self.vlm.text_width ** -0.5)
-        self.stride = max(c.patch, 32 if c.patch == 16 else c.patch)                      # inputs are padded to a multiple
+        self.stride = 32 if c.patch == 16 else c.patch        # inputs are padded to a multiple; 32 as in SAN
         self.build()
 
     def build(self):
@@ -210,7 +210,9 @@ class SAN(nn.Module):
     def classify(self, pyramid, bias, text):
         """Class logits (B,Q,L+1) of what CLIP sees through `bias`; the last column is the learned background."""
         names = torch.cat([text, F.normalize(self.background, dim=-1)])                   # (L+1,E)
-        return self.vlm.logit_scale * self.vlm.recognise(pyramid, bias) @ names.T
+        seen = self.vlm.recognise(pyramid, bias).to(names.dtype)                          # (B,Q,E)
+        with torch.autocast(seen.device.type, enabled=False):                             # bf16 logits step by 1/8
+            return self.vlm.logit_scale * seen @ names.T
 
     def forward(self, image, text):
         """image (B,3,H,W) CLIP-normalised, H and W multiples of the patch; text (L,E) unit -> dict of lists of
@@ -221,13 +223,15 @@ class SAN(nn.Module):
         for q, z in outputs:
             m, bias = self.head(q, z.unflatten(1, f[0].shape[-2:]))
             masks.append(m.to(image.dtype))                    # autocast ends here: losses and scores are fp32
-            classes.append(self.classify(pyramid, bias, text).to(image.dtype))
+            classes.append(self.classify(pyramid, bias, text))
         return dict(masks=masks, classes=classes)
 
 
 # --- published checkpoints -----------------------------------------------------------------------------------------
 
 NOT_PARAMETERS = ("criterion.empty_weight", "ov_classifier.attn_mask")                    # of the published layout
+RENAMED = (("vit_model.patch_embed.proj.", "side.patch_embed."), ("vit_model.", "side."), ("query_", "side.query_"),
+           ("mask_decoder.", "head."))
 
 
 def our_key(key, rec_start):
@@ -240,8 +244,7 @@ def our_key(key, rec_start):
         return "vlm.model.visual." + ("transformer." if rest.startswith("resblocks.") else "") + rest
     if part == "ov_classifier":
         return {"bg_embed": "background", "logit_scale": "vlm.model.logit_scale"}.get(rest, f"vlm.model.{rest}")
-    for theirs, ours in (("vit_model.patch_embed.proj.", "side.patch_embed."), ("vit_model.", "side."), ("query_", "side.query_"),
-                         ("mask_decoder.", "head.")):
+    for theirs, ours in RENAMED:
         if rest.startswith(theirs):
             return ours + rest[len(theirs):]
     if rest.startswith("fusion_layers.layer_"):

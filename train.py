@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=3 train.py --preset coco --data DIR
     python train.py --resume runs/world-pat-0                 go on where it stopped, as if it never had
 
-A step:  learning rate -> forward -> named losses -> weighted sum -> backward -> clip -> AdamW step -> dead codes restart.
+A step:  learning rate -> forward -> named losses -> weighted sum -> backward -> clip -> AdamW -> dead codes restart.
 
 Sample i of step s is number n = s * batch + i of one endless stream, whoever draws it; random points are keyed by
 (seed, n), counts of masks and codes are summed over processes.  So 1 process with a batch of 12, 2 with 6 each, or 1
@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from clip import pretrain
 from data import Folder, InputError, World, rng_for, run_cli, to_unit
 from eval import format_table, parse_flags, sample_sheet, score_table, write_files, write_scores
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
@@ -47,10 +48,8 @@ from vq import codebook_health, restart_dead_codes
 
 @dataclass
 class TrainConfig(PATConfig):
-    """Everything about a run; defaults are the paper's."""
+    """Everything about a run; defaults are the paper's where it states them."""
 
-    data: str = ""                     # a folder dataset; the world needs none
-    ignore: int = 255                  # value in the folder's label files that means unlabelled
     out: str = ""                      # run directory; "" = runs/PRESET-MODEL-SEED
     steps: int = 120_000
     batch: int = 12                    # images a step, over all processes and accumulation
@@ -66,21 +65,25 @@ class TrainConfig(PATConfig):
     w_rec: float = 1.0
     align: str = "scale-free"          # or "literal", the paper's; "none" (--no-align) drops it, Table II
     crf_samples: int = 1000            # pixels an image and stage
-    restart_after: int = 0             # steps without use before a code restarts; 0 = never (the paper)
+    restart_after: int = 0             # steps without use before a code restarts (in the first 85 % of the steps); 0 = never
     restart_share: float = 0.0         # "use" means more than this fraction of an even share of the features
     workers: int = 0                   # data-loading processes
     log_every: int = 50                # steps
     save_every: int = 1000
     stop_at: int = 0                   # stop, with a checkpoint, after this many steps; --resume goes on
-    val_images: int = 300              # test scenes of the world
+    val_images: int = 300              # how many images are scored at the end
 
 
 def recipe(name, **changes):
     """The training preset that goes with a model preset."""
     numbers = dict(asdict(preset(name)))
     if name == "world":
-        numbers.update(steps=1300, batch=8, lr=8e-4, warmup=100, clip=1.0, weight_decay=0.01, points=1024, crf_samples=128,
-                       w_vq=5.0, w_rec=60.0, restart_after=10, restart_share=0.2, save_every=200, log_every=20)
+        numbers.update(
+            steps=1300, batch=8,       # 10,400 scenes: what two cores can do in ten minutes
+            lr=8e-4, warmup=100, clip=1.0, weight_decay=0.01,
+            points=1024, crf_samples=128,                     # a scene has 4,096 pixels
+            w_vq=5.0, w_rec=60.0,      # 0.1 and 1 in the paper, which trains 140 times longer and adds LPIPS
+            restart_after=10, restart_share=0.2, save_every=200, log_every=20)
     return TrainConfig(**{**numbers, **changes})
 
 
@@ -115,7 +118,10 @@ def summed(value):
 
 
 def loss_terms(out, images, found, numbers, config, shares, lpips):
-    """Every loss by name, unweighted, and their weighted sum.  `found`: targets of each image; `shares`: see `gradients`."""
+    """Every loss by name, unweighted, and their weighted sum.
+
+    `found`: `losses.targets` of each image; `shares`: num_masks and weight, see `gradients`.
+    """
     keys = [(config.seed, int(n)) for n in numbers]
     terms = {}
     for i, (masks, classes) in enumerate(zip(out["masks"], out["classes"]), 1):
@@ -138,15 +144,16 @@ def loss_terms(out, images, found, numbers, config, shares, lpips):
 def gradients(model, text, micro_batches, config, *, world=1, scaler=None, lpips=None):
     """Forward and backward over the micro-batches of one step; gradients are left in the parameters.
 
-    micro_batches: list of (images (b,3,H,W), labels (b,H,W), numbers (b)).  -> (terms averaged over micro-batches,
-    counts: stage -> (K), candidates: stage -> function of image numbers), see `restart`.
+    micro_batches: list of (images (b,3,H,W), labels (b,H,W), numbers (b)).  -> the terms by name, averaged over the
+    micro-batches, and for PAT what `restart` needs of each: (numbers (b), {stage: (counts (K), features (b,D,h,w))}).
     """
     device, shares_of = text.device, len(micro_batches) * world
     found = [[targets(label.to(device)) for label in labels] for _, labels, _ in micro_batches]
     # Totals over all processes and accumulation steps, known before any forward pass, divided by the number of shares:
     # DDP averages over processes and the loss below over micro-batches, so each image ends up with its weight / total.
     classes = [c for batch in found for c, _ in batch]
-    totals = summed(torch.tensor([sum(len(c) for c in classes), class_weight(classes, config.queries)], dtype=torch.float64))
+    totals = [sum(len(c) for c in classes), class_weight(classes, config.queries)]
+    totals = summed(torch.tensor(totals, dtype=torch.float64))
     shares = dict(num_masks=max(totals[0].item(), 1.0) / shares_of, weight=totals[1].item() / shares_of)
     amp = dict(device_type=device.type, enabled=device.type == "cuda" and config.precision != "fp32",
                dtype=torch.float16 if config.precision == "fp16" else torch.bfloat16)
@@ -170,6 +177,9 @@ def gradients(model, text, micro_batches, config, *, world=1, scaler=None, lpips
     return logged, tokens
 
 
+RESTART = 99                           # the word of its random keys
+
+
 def restart(model, tokens, config, step):
     """Restart dead codes on features of this step's batch; the same on any number of processes.  stage -> how many"""
     done = {}
@@ -177,7 +187,7 @@ def restart(model, tokens, config, step):
         counts = summed(sum(found[stage][0] for _, found in tokens))
         if vq.codebook is None:                               # the unified codebook belongs to the queries
             continue
-        K, rng = len(counts), rng_for(config.seed, step, which, 99)
+        K, rng = len(counts), rng_for(config.seed, step, which, RESTART)
         images, places = step * config.batch + rng.integers(config.batch, size=K), rng.random(K)
         candidates = torch.zeros_like(vq.codebook)
         for numbers, found in tokens:                         # whoever holds the image of code k offers its feature
@@ -194,7 +204,7 @@ def restart(model, tokens, config, step):
 
 
 def parameter_groups(model, weight_decay):
-    """No weight decay on norms, positions, queries and codebooks (nor on the background embedding's scale: it has none)."""
+    """No weight decay on norms, positions, queries and codebooks."""
     norms = {id(p) for m in model.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()}
     decay, free = [], []
     for name, p in model.named_parameters():
@@ -229,9 +239,9 @@ def load_checkpoint(path, model, optimizer, scaler):
         keys, metadata = set(file.keys()), file.metadata()
         for name, p in model.named_parameters():
             if f"adam.step.{name}" in keys:
-                optimizer.state[p] = {kind: file.get_tensor(f"adam.{kind}.{name}").to(p.device if kind != "step" else "cpu")
-                                      for kind in ("step", "exp_avg", "exp_avg_sq")}
-    if scaler:
+                state = {kind: file.get_tensor(f"adam.{kind}.{name}") for kind in ("step", "exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {kind: value if kind == "step" else value.to(p.device) for kind, value in state.items()}
+    if scaler and json.loads(metadata["scaler"]):
         scaler.load_state_dict(json.loads(metadata["scaler"]))
     return int(metadata["step"])
 
@@ -239,55 +249,112 @@ def load_checkpoint(path, model, optimizer, scaler):
 # --- the run -------------------------------------------------------------------------------------------------------
 
 
+def folder(config, root):
+    side = config.short_side
+    return Folder(root, ignore=config.ignore, crop=side, short_side=side, long_side=config.long_side)
+
+
 def training_set(config):
     if config.preset == "world" and not config.data:
         return World("train")
     if not config.data:
         raise InputError(f"preset {config.preset} trains on a folder: give --data DIR with images/, labels/, classes.txt")
-    return Folder(config.data, ignore=config.ignore, crop=config.short_side, short_side=config.short_side, long_side=config.long_side)
+    return folder(config, config.data)
 
 
 def run_directory(config, resume):
     """The run directory, made ready; raises InputError rather than overwrite a run."""
     run = Path(config.out or f"runs/{config.preset}-{config.model}-{config.seed}")
-    if not resume and (run / "config.json").exists():
+    if not resume and (run / "checkpoint.safetensors").exists():
         raise InputError(f"{run}: holds a run already; go on with --resume {run}, or choose another --out")
+    if resume and not (run / "checkpoint.safetensors").exists():
+        raise InputError(f"{run}: stopped before its first checkpoint; train it again without --resume")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {run}: cannot be made a directory ({error.strerror})") from error
     return run
+
+
+def open_log(run, config, start):
+    """Write config.json and open log.jsonl; on resuming, lines from after the checkpoint are dropped."""
+    write_files({run / "config.json": json.dumps(asdict(config), indent=1) + "\n"})
+    path = run / "log.jsonl"
+    kept = path.read_text().splitlines() if start and path.exists() else []
+    kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] < start]     # a kill may cut a line
+    write_files({path: "".join(line + "\n" for line in kept)})
+    return open(path, "a")
+
+
+def codebook_lines(model, seen, tokens, restarted):
+    """Per stage, the health of its codebook since the last logged step.  `seen`: stage -> counts of this process."""
+    lines = {}
+    for stage, counts in seen.items():
+        x = tokens[0][1][stage][1].movedim(1, -1).flatten(0, 2)                           # (b*h*w,D) features
+        lines[stage] = codebook_health(summed(counts), model.codebook(stage), x, model.config.vmf)
+        lines[stage]["restarted"] = restarted.get(stage, 0)
+    return lines
+
+
+def score(run, model, config, dataset, device):
+    """The table and the contact sheet at the end of a run: the world's test scenes, `val_data`, or training images."""
+    test, where = dataset, f"training images of {config.data}"
+    if config.val_data:
+        test, where = folder(config, config.val_data), config.val_data
+    elif isinstance(dataset, World):
+        test, where = World("val", config.val_images), "the world's test scenes"
+    table = score_table({f"{config.model.upper()} {run}": (model, config, test)}, device, images=config.val_images, data=where)
+    write_scores(run / "scores", table)
+    write_files({run / "samples.png": sample_sheet(model, test, device=device)})
+    print(format_table(table), end="")
+    print(f"written: config.json, log.jsonl, checkpoint.safetensors, scores.txt, scores.json, samples.png in {run}")
+
+
+def check_recipe(config, processes):
+    """Raises InputError, naming the flag, for a recipe that cannot run."""
+    for name in ("steps", "batch", "accumulate", "points", "crf_samples", "log_every", "save_every", "val_images"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: takes a positive number")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"--seed {config.seed}: takes a number from 0 to 2^32 - 1")
+    if config.precision not in ("bf16", "fp16", "fp32"):
+        raise InputError(f"--precision {config.precision}: there are bf16, fp16 and fp32")
+    parts = processes * config.accumulate
+    if config.batch % parts:
+        raise InputError(f"--batch {config.batch} cannot be split over {processes} processes x {config.accumulate} "
+                         f"accumulation steps; the nearest that can is {max(1, round(config.batch / parts)) * parts}")
+    if config.align not in ("scale-free", "literal", "none"):
+        raise InputError(f"--align {config.align}: there are scale-free, literal and none")
+    if config.model == "san" and config.align == "none":
+        raise InputError("--model san has no alignment to switch: --no-align is PAT's")
 
 
 def train(config, resume=False, device="cpu"):
     """Train as `config` says, score, draw.  Returns the run directory."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     main = rank == 0
-    if config.batch % (world * config.accumulate):
-        raise InputError(f"--batch {config.batch} cannot be split over {world} processes x {config.accumulate} accumulation "
-                         f"steps; the nearest that can is {max(1, round(config.batch / (world * config.accumulate))) * world * config.accumulate}")
-    if config.align not in ("scale-free", "literal", "none"):
-        raise InputError(f"--align {config.align}: there are scale-free, literal and none")
-    run = run_directory(config, resume)
+    check_recipe(config, world)
     dataset = training_set(config)
-    dataset.draw(config.seed, 0)                              # a broken dataset speaks up before anything is written
+    dataset.draw(config.seed, 0)                              # a dataset that cannot be read at all speaks up here
 
+    # ---- model, optimiser, data ----
     torch.manual_seed(config.seed)
     model = build(config).to(device).train()
+    run = run_directory(config, resume)                       # from here on there is something on disk
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr)
     scaler = torch.amp.GradScaler() if config.precision == "fp16" and device.startswith("cuda") else None
     lpips = load_lpips(device) if config.model == "pat" else None
     start = load_checkpoint(run / "checkpoint.safetensors", model, optimizer, scaler) if resume else 0
+    stop = min(config.steps, config.stop_at or config.steps)
     text = model.vlm.embed_text(dataset.train_names)
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    loader = DataLoader(Stream(dataset, config, start, rank, world), config.batch // (world * config.accumulate),
-                        num_workers=config.workers, pin_memory=device.startswith("cuda"))
+    samples = iter(DataLoader(Stream(dataset, config, start, rank, world), config.batch // (world * config.accumulate),
+                              num_workers=config.workers, pin_memory=device.startswith("cuda")))
+    log = open_log(run, config, start) if main else None
     if main:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        lines = (run / "log.jsonl").read_text().splitlines() if resume and (run / "log.jsonl").exists() else []
-        log = open(run / "log.jsonl", "w")
-        log.writelines(line + "\n" for line in lines if json.loads(line)["step"] < start)
-        tqdm.write(f"{config.model.upper()} {config.preset}: {trainable(model):,} trainable parameters, {config.batch} images a "
-                   f"step on {world} process(es), {device}" + ("" if lpips or config.model == "san" else "; LPIPS off, no VGG weights"))
-    samples, seen, since = iter(loader), {}, time.perf_counter()
-    stop = min(config.steps, config.stop_at or config.steps)
+        tqdm.write(f"{config.model.upper()} {config.preset}: {trainable(model):,} trainable parameters, {config.batch} images "
+                   f"a step on {world} process(es), {device}; LPIPS {'on' if lpips else 'off'}")
+    seen, since, before = {}, time.perf_counter(), start
     bar = tqdm(range(start, stop), initial=start, total=stop, unit="step", disable=not main)
     for step in bar:
         micro_batches = [next(samples) for _ in range(config.accumulate)]
@@ -299,76 +366,84 @@ def train(config, resume=False, device="cpu"):
         try:
             terms, tokens = gradients(wrapped, text, micro_batches, config, world=world, scaler=scaler, lpips=lpips)
         except FloatingPointError as error:
-            raise InputError(f"step {step}: {error}; the last checkpoint in {run} is whole, try a smaller --lr") from error
+            raise InputError(f"step {step}: {error}; a checkpoint in {run} stays whole, try a smaller --lr") from error
         if scaler:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         scaler.step(optimizer) if scaler else optimizer.step()
         if scaler:
             scaler.update()
-        settle = step > 0.85 * config.steps                   # the last steps are for learning with the codes there are
-        restarted = restart(model, tokens, config, step) if config.restart_after and tokens and not settle else {}
+        restarted = {}
+        if tokens and config.restart_after and step < 0.85 * config.steps:    # the last steps keep the codes there are
+            restarted = restart(model, tokens, config, step)
         # ---- end of the step ----
 
-        for stage in (tokens[0][1] if tokens else {}):
-            seen[stage] = seen.get(stage, 0) + sum(found[stage][0] for _, found in tokens)
+        for _, found in tokens:
+            for stage, (counts, _) in found.items():
+                seen[stage] = seen.get(stage, 0) + counts
         if (step + 1) % config.log_every == 0 or step + 1 == stop:
             line = {"step": step, "lr": learning_rate(config, step), "grad_norm": norm.item()}
             line.update({name: summed(value.item()) / world for name, value in terms.items()})
-            line["ms_per_step"] = 1000 * (time.perf_counter() - since) / ((step - start) % config.log_every + 1)
-            if device.startswith("cuda"):
-                line["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-            for stage, counts in seen.items():
-                x = tokens[0][1][stage][1].movedim(1, -1).flatten(0, 2)
-                line[stage] = {**codebook_health(summed(counts), model.codebook(stage), x), "restarted": restarted.get(stage, 0)}
-            seen, since = {}, time.perf_counter()
+            line["ms_per_step"] = 1000 * (time.perf_counter() - since) / (step + 1 - before)
+            line["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else None
+            line.update(codebook_lines(model, seen, tokens, restarted))
+            seen, since, before = {}, time.perf_counter(), step + 1
             if main:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+                print(json.dumps(line), file=log, flush=True)
                 bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if k in ("ce_2", "dice_2", "l2", "vq")})
         if main and ((step + 1) % config.save_every == 0 or step + 1 == stop):
             save_checkpoint(run / "checkpoint.safetensors", model, optimizer, step + 1, scaler)
     if main:
         log.close()
-        if stop < config.steps:
-            print(f"stopped after {stop} of {config.steps} steps; go on with: python train.py --resume {run}")
-        else:
-            test = World("val", config.val_images) if config.preset == "world" and not config.data else dataset
-            table = score_table({f"{config.model.upper()} {run}": (model, config, test)}, device,
-                                data=config.data or "the world's test scenes")
-            write_scores(run / "scores", table)
-            write_files({run / "samples.png": sample_sheet(model, test, device=device)})
-            print(format_table(table), end="")
-            print(f"written: config.json, log.jsonl, checkpoint.safetensors, scores.txt, scores.json, samples.png in {run}")
+    if main and stop < config.steps:
+        print(f"stopped after {stop} of {config.steps} steps; go on with: python train.py --resume {run}")
+    elif main:
+        score(run, model, config, dataset, device)
     return run
 
 
 def parse(argv=None):
-    """(config, resume, device) from the command line: every field of TrainConfig is a flag."""
+    """(config, resume, device) from the command line: every field of TrainConfig is a flag.
+
+    Raises InputError for an unknown flag (naming the closest) or a value of the wrong kind.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--resume", metavar="RUN", help="go on with this run, with the settings it was started with")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--from-scratch", action="store_true", help="train the world's CLIP first, into the run directory")
     for field in fields(TrainConfig):
         flag, kind, default = "--" + field.name.replace("_", "-"), type(field.default), argparse.SUPPRESS
         if kind is bool:                                      # --no-vmf for what is on, --unified for what is off
             flag = flag.replace("--", "--no-") if field.default else flag
-            parser.add_argument(flag, dest=field.name, action="store_false" if field.default else "store_true", default=default)
+            action = "store_false" if field.default else "store_true"
+            parser.add_argument(flag, dest=field.name, action=action, default=default)
         elif kind is tuple:
             parser.add_argument(flag, nargs="*", type=str if field.name == "decoder_stages" else int, default=default)
         else:
             parser.add_argument(flag, type=kind, default=default)
     parser.add_argument("--no-align", dest="align", action="store_const", const="none", default=argparse.SUPPRESS)
     args = vars(parse_flags(parser, argv))
-    resume, device = args.pop("resume"), args.pop("device")
+    resume, device, from_scratch = args.pop("resume"), args.pop("device"), args.pop("from_scratch")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
     if resume:
         extra = sorted(set(args) - {"stop_at"})
         if extra:
-            raise InputError(f"--resume takes its settings from {resume}/config.json; leave out --{extra[0].replace('_', '-')}")
+            flag = extra[0].replace("_", "-")
+            raise InputError(f"--resume takes its settings from {resume}/config.json; leave out --{flag}")
         config = load_config(resume, TrainConfig)
         config.out, config.stop_at = str(resume), args.get("stop_at", 0)
         return config, True, device
-    return recipe(args.pop("preset", "world"), **args), False, device
+    config = recipe(args.pop("preset", "world"), **args)
+    if from_scratch:
+        if config.vlm != "world":
+            raise InputError(f"--from-scratch trains the world's CLIP, not {config.vlm}")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("--from-scratch runs on one process; make the weights first with python clip.py --pretrain")
+        config.pretrained = str(run_directory(config, False) / "world_clip.safetensors")
+        pretrain(config.pretrained, config.seed)
+    return config, False, device
 
 
 def main():

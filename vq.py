@@ -36,6 +36,12 @@ def assign(x, codes):
     return index, g(codes)[index], cosine
 
 
+def assign_dot(x, codes):
+    """Eq. 1's VQ off the sphere: the largest dot product, so length counts.  Same shapes as `assign`."""
+    score, index = (x @ codes.T).max(1)
+    return index, codes[index], score
+
+
 def straight_through(x, code):
     """The value of `code` with the gradient of `x`."""
     return x + (code - x).detach()
@@ -43,7 +49,7 @@ def straight_through(x, code):
 
 @dataclass
 class Tokens:
-    """What one quantiser returns: zq (B,D,h,w), index (B,h,w), x (B,D,h,w) the features it quantised, loss, counts (K)."""
+    """What one quantiser returns: zq, the features x it quantised (B,D,h,w both), index (B,h,w), loss, counts (K)."""
 
     zq: torch.Tensor
     index: torch.Tensor
@@ -74,13 +80,9 @@ class vMFVQ(nn.Module):
         """u (B,S,h,w) [, a codebook (K,D)] -> Tokens.  Nothing after W_pre runs in half precision."""
         x = self.pre(u).permute(0, 2, 3, 1).to(self.pre.weight.dtype)                     # (B,h,w,D)
         with torch.autocast(u.device.type, enabled=False):
-            codes = self.codes(given)                                                     # (K,D)
-            if self.vmf:
-                x = g(x)
-                index, code, _ = assign(x.flatten(0, 2), codes)
-            else:
-                index = (x.flatten(0, 2) @ codes.T).argmax(1)
-                code = codes[index]
+            codes = self.codes(given).to(x.dtype)                                         # (K,D)
+            x = g(x) if self.vmf else x
+            index, code, _ = (assign if self.vmf else assign_dot)(x.flatten(0, 2), codes)
             code = code.view_as(x)
             loss = F.mse_loss(code, x.detach()) + self.commitment * F.mse_loss(x, code.detach())
             zq = straight_through(x, code)
@@ -88,13 +90,13 @@ class vMFVQ(nn.Module):
         return Tokens(zq.permute(0, 3, 1, 2), index.view(x.shape[:3]), x.permute(0, 3, 1, 2), loss, counts)
 
 
-def codebook_health(counts, codes, x=None):
+def codebook_health(counts, codes, x=None, vmf=True):
     """The numbers that tell a living codebook from a dead one.
 
     counts (K) uses of each code, codes (K,D), x (n,D) some features ->
     dict: `perplexity` exp(entropy of use), 1..K; `used` codes chosen at least once; `cosine` mean cosine between
     different used codes (1 = all on one point); `bf16` share of indices that survive rounding x to bf16 and back
-    (only when x is given).
+    (only when x is given; `vmf` says by which rule they are assigned).
     """
     p = counts.double() / counts.sum().clamp(min=1)
     used = g(codes.detach().double())[counts > 0]
@@ -102,7 +104,8 @@ def codebook_health(counts, codes, x=None):
     health = dict(perplexity=torch.exp(-(p * p.clamp(min=1e-300).log()).sum()).item(), used=n,
                   cosine=((used.sum(0).square().sum() - n) / (n * (n - 1))).item() if n > 1 else float("nan"))
     if x is not None:
-        stable = assign(x, codes)[0] == assign(x.bfloat16().float(), codes)[0]
+        choose = assign if vmf else assign_dot
+        stable = choose(x, codes)[0] == choose(x.bfloat16().to(x.dtype), codes)[0]
         health["bf16"] = stable.float().mean().item()
     return health
 

@@ -22,7 +22,8 @@ def test_every_part_reports_and_the_answer_stays():
     before = model(image, text)["masks"][0]
     watch(model, spent)
     assert torch.equal(before, model(image, text)["masks"][0])
-    assert set(spent) == {"CLIP features", "fusion", "pixel branch", "side ViT + semantic", "latent", "decoder", "recognition"}
+    assert set(spent) == {"CLIP features", "fusion", "pixel branch", "side ViT + semantic", "latent", "decoder",
+                          "recognition"}
 
 
 def test_samples_have_the_presets_size():

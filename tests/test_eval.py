@@ -234,6 +234,8 @@ class Config:
     seed: int = 7
     short_side: int = 32
     long_side: int = 128
+    data: str = ""
+    vmf: bool = True
     vlm: str = "fake"
     pretrained: str = "none"
     clip_scale: float = 1.0

@@ -117,12 +117,17 @@ def test_without_residual_the_codes_do_not_see_pixels_that_clip_does_not():
 
 def test_the_reference_sizes_are_the_papers():
     """"23M" in the paper; the exact counts are ours and pinned."""
-    assert trainable(build(preset("coco", pretrained="none"))) == 23_334_849
+    assert trainable(build(preset("coco", pretrained="none"))) == 23_335_361
     assert trainable(build(preset("coco-eva", pretrained="none"))) == EVA
-    assert trainable(world()) == 1_878_273
+    assert trainable(world()) == 1_878_401
 
 
-EVA = 23_334_849
+EVA = 23_335_361
+
+
+def test_tokens_may_be_as_fine_as_pixels():
+    """The first scale equal to the patch: nothing is left to halve in the stem, nor to expand in the pixel head."""
+    assert world(scales=(8, 4, 2))(images(), TEXT)["tokens"]["early"].index.shape == (2, 64, 64)
 
 
 def test_any_multiple_of_the_patch_works_and_batch_does_not_matter():
@@ -132,8 +137,13 @@ def test_any_multiple_of_the_patch_works_and_batch_does_not_matter():
     torch.testing.assert_close(model(wide[:1], TEXT)["image"], out["image"][:1], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes, says", [(dict(scales=(4, 3, 1)), "--scales 4 3 1|factor of 3"), (dict(scales=(1, 2, 4)), "--scales"),
-                                           (dict(decoder_stages=("top",)), "top"), (dict(model="pot"), "pot")])
+@pytest.mark.parametrize("changes, says", [
+    (dict(scales=(4, 3, 1)), "--scales 4 3 1|factor of 3"), (dict(scales=(1, 2, 4)), "--scales"),
+    (dict(scales=(4, 2)), "--scales 4 2: takes 3"), (dict(scales=(16, 8, 4)), "the stem is a factor"),
+    (dict(scales=(16, 16, 16), residual=False), "the pixel head"), (dict(codes=(8, 8, 8)), "--codes 8 8 8: takes 4"),
+    (dict(decoder_stages=("top",)), "top"), (dict(model="pot"), "pot"), (dict(heads=5), "--heads 5 does not divide"),
+    (dict(hs_heads=7), "--hs-heads 7"), (dict(decoder_attention="ful"), "--decoder-attention ful"),
+    (dict(model="san", mixer=False), "--model san has no mixer")], ids=str)
 def test_numbers_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(InputError, match=says):
         world(**changes)
@@ -195,5 +205,5 @@ def test_damaged_and_foreign_checkpoints_are_refused(run, tmp_path):
     with pytest.raises(InputError, match="no such file"):
         load_run(path)
     (path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="not a run directory"):
+    with pytest.raises(InputError, match="no run directory"):
         load_run(path)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import losses
 import train
 from data import InputError, World
 from pat import build, load_run
@@ -159,7 +160,9 @@ def test_presets_are_the_papers_recipe():
     (["--stepz", "3"], "did you mean --steps"), (["--batch", "7", "--accumulate", "2"], "--batch 7 cannot be split"),
     (["--model", "pot"], "pot"), (["--preset", "moon"], "moon"), (["--preset", "coco"], "--data DIR"),
     (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"), (["--align", "tight"], "tight"),
-    (["--steps", "many"], "many")])
+    (["--steps", "many"], "many"), (["--steps", "0"], "--steps 0"), (["--accumulate", "0"], "--accumulate 0"),
+    (["--seed", "-1"], "--seed -1"), (["--precision", "bf61"], "bf61"), (["--model", "san", "--no-align"], "no alignment"),
+    (["--model", "san", "--unified"], "no unified"), (["--preset", "coco", "--from-scratch"], "not ViT-B-16")])
 def test_bad_flags_end_in_one_line(flags, says, tmp_path):
     with pytest.raises(InputError, match=says) as error:
         config, resume, device = parse([*flags] if "--resume" in flags else [*flags, "--out", str(tmp_path / "run")])
@@ -168,10 +171,38 @@ def test_bad_flags_end_in_one_line(flags, says, tmp_path):
 
 
 def test_a_run_is_never_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text("precious")
+    for name in ("config.json", "checkpoint.safetensors"):
+        (tmp_path / name).write_text("precious")
     with pytest.raises(InputError, match="holds a run already"):
         train.train(tiny(steps=1, out=str(tmp_path)))
-    assert (tmp_path / "config.json").read_text() == "precious"
+    assert (tmp_path / "config.json").read_text() == (tmp_path / "checkpoint.safetensors").read_text() == "precious"
+
+
+def test_a_run_that_never_saved_starts_anew_and_cannot_resume(tmp_path):
+    """Only config.json is there: an interrupted first minute is no run."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="before its first checkpoint"):
+        train.train(tiny(steps=1, out=str(tmp_path)), resume=True)
+    train.train(tiny(steps=1, out=str(tmp_path)))
+    file = tmp_path / "a file"
+    file.write_text("precious")
+    with pytest.raises(InputError, match="cannot be made a directory"):
+        train.train(tiny(steps=1, out=str(file)))
+
+
+def test_weights_that_run_away_end_in_one_line(tmp_path, monkeypatch):
+    """NaN masks reach the matching first; that too names the step."""
+    monkeypatch.setattr(train, "segmentation", lambda masks, *a, **k: losses.segmentation(masks * float("nan"), *a, **k))
+    with pytest.raises(InputError, match="step 0: the matching cost is not finite"):
+        train.train(tiny(steps=2, out=str(tmp_path / "run")))
+
+
+def test_from_scratch_trains_the_worlds_clip_first(tmp_path, monkeypatch):
+    """The weights land in the run directory and the run is set to use them."""
+    made = []
+    monkeypatch.setattr(train, "pretrain", lambda path, seed: made.append(path))
+    config, _, _ = parse(["--from-scratch", "--out", str(tmp_path / "run")])
+    assert made == [config.pretrained] == [str(tmp_path / "run" / "world_clip.safetensors")]
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_term(tmp_path, monkeypatch):
