@@ -93,11 +93,11 @@ def test_the_stream_covers_every_image_once_however_it_is_split():
 
 @pytest.mark.parametrize("model", ["pat", "san"])
 def test_a_short_training_lowers_the_loss(model, tmp_path):
-    """Forty steps over the shipped CLIP: the segmentation loss, and for PAT the pixel error, fall well below the start."""
+    """Forty steps over the shipped CLIP: naming, and for PAT pixels and codes, fall well below the start."""
     config = tiny(model=model, steps=40, lr=3e-3, warmup=5, pretrained="world", out=str(tmp_path / "run"))
     lines = [json.loads(line) for line in (train.train(config) / "log.jsonl").read_text().splitlines()]
     mean = lambda name, part: sum(line[name] for line in part) / len(part)                # noqa: E731
-    for name, ratio in (("ce_2", 0.95), ("dice_2", 0.95)) + ((("l2", 0.5),) if model == "pat" else ()):
+    for name, ratio in [("ce_2", 0.85)] + [("l2", 0.5), ("vq", 0.5)] * (model == "pat"):
         assert mean(name, lines[-8:]) < ratio * mean(name, lines[:4]), name
     assert {"config.json", "log.jsonl", "checkpoint.safetensors", "scores.txt", "scores.json", "samples.png"} <= {
         path.name for path in (tmp_path / "run").iterdir()}
