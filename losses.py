@@ -34,7 +34,7 @@ VGG = "vgg16-397923af.pth"             # LPIPS's backbone, torchvision's file na
 
 def generator(*key):
     """A torch generator (CPU) that depends on nothing but the integers of `key`."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def targets(label):
