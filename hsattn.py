@@ -95,17 +95,17 @@ if __name__ == "__main__":
     from PIL import Image, ImageDraw
 
     torch.manual_seed(0)
-    angles = torch.cat([torch.randn(60) * 0.25 + a for a in (0.3, 2.2, 4.4)])
+    angles = torch.cat([torch.randn(60) * 0.25 + a for a in (0.2, 1.6, 3.2)])
     points = torch.stack([angles.cos(), angles.sin()], -1)                                # (180,2), three bunches
     picture = Image.new("RGB", (900, 320), "white")
     draw = ImageDraw.Draw(picture)
     for column, kappa in enumerate((1, 10, 100)):
-        modes, cluster = mean_shift(points, points, kappa, 50)
+        modes, _ = mean_shift(points, points, kappa, 200)
         for p, m in zip(points.tolist(), modes.tolist()):
             for (x, y), radius, r, fill in ((p, 100, 3, "#9ab"), (m, 70, 5, "#c22")):
                 cx, cy = 150 + 300 * column + radius * x, 170 + radius * y
                 draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
-        distinct = len({tuple((m * 50).round().int().tolist()) for m in modes})
+        distinct = len({tuple((m * 20).round().int().tolist()) for m in modes})
         draw.text((90 + 300 * column, 15), f"kappa {kappa}: {distinct} modes", fill="black")
         print(f"kappa {kappa}: {distinct} modes")
     picture.save("mean_shift.png")
