@@ -32,14 +32,15 @@ def assign(x, codes):
 
     x (n,D) of any length, codes (K,D) of any length -> index (n) int64, code (n,D) unit, cosine (n) in [-1,1].
     """
-    cosine, index = (g(x) @ g(codes).T).max(1)                                            # over the codes
-    return index, g(codes)[index], cosine
+    codes = g(codes)
+    cosine, index = (g(x) @ codes.T).max(1)                                               # over the codes
+    return index, F.embedding(index, codes), cosine           # not codes[index]: its gradient sums in a random order
 
 
 def assign_dot(x, codes):
     """Eq. 1's VQ off the sphere: the largest dot product, so length counts.  Same shapes as `assign`."""
     score, index = (x @ codes.T).max(1)
-    return index, codes[index], score
+    return index, F.embedding(index, codes), score
 
 
 def straight_through(x, code):

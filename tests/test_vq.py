@@ -63,6 +63,16 @@ def test_gradients_reach_the_features_through_zq_and_the_codes_through_the_loss(
     assert vq.codebook.grad.abs().sum() > 0
 
 
+def test_the_codebook_gradient_is_the_same_bits_every_time():
+    """Thousands of features add up in a handful of codes; on two threads too, always in the same order."""
+    threads, x, codes = torch.get_num_threads(), torch.randn(8192, 32), torch.randn(4, 32, requires_grad=True)
+    torch.set_num_threads(2)
+    up = torch.randn(8192, 32)
+    grads = [torch.autograd.grad((assign(x, codes)[1] * up).sum(), codes)[0] for _ in range(10)]
+    torch.set_num_threads(threads)
+    assert all(torch.equal(grads[0], other) for other in grads)
+
+
 def test_what_comes_back_fits_together():
     vq = vMFVQ(6, 5)
     tokens = vq(torch.randn(2, 6, 3, 4))
