@@ -65,7 +65,7 @@ def samples(config, n):
 
 
 def measure(preset, model_name, training, batch, rounds):
-    """(median seconds a round, peak memory in GiB, mean seconds a round, of which each part's); run in a fresh process."""
+    """(median seconds a round, peak GiB, mean seconds a round, and each part's of those); run in a fresh process."""
     config = recipe(preset, model=model_name, pretrained="none", batch=batch)
     torch.manual_seed(0)
     model = build(config).train(training)
@@ -105,7 +105,8 @@ def main():
         san, what = None, "training" if training else "inference"
         for model in ("san", "pat"):
             with ProcessPoolExecutor(1, spawn) as fresh:
-                seconds, peak, mean, spent = fresh.submit(measure, args.preset, model, training, batch, args.rounds).result()
+                row = fresh.submit(measure, args.preset, model, training, batch, args.rounds)
+                seconds, peak, mean, spent = row.result()
             san = san or seconds
             ratio = seconds / san
             print(f"{model.upper()} {what:12}{seconds:9.3f}{batch / seconds:10.1f}{peak:10.2f}{ratio:8.2f}", flush=True)

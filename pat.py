@@ -223,8 +223,7 @@ class PAT(SAN):
         return dict(masks=masks, classes=classes, image=out["image"].to(image.dtype), tokens=tokens)
 
 
-SWITCHES = dict(vmf=True, mixer=True, residual=True, unified=False, separate_decoders=False, decoder_stages=PYRAMID,
-                scales=(4, 2, 1), decoder_attention="pooled")
+SWITCHES = ("vmf", "mixer", "residual", "unified", "separate_decoders", "decoder_stages", "scales", "decoder_attention")
 
 
 def check(c):
@@ -241,8 +240,9 @@ def check(c):
             raise InputError(f"--{name} {' '.join(map(str, getattr(c, name)))}: takes {lengths[-1]} positive numbers")
     for heads, width in (("heads", "width"), ("hs_heads", "width"), ("decoder_heads", "decoder_width")):
         if getattr(c, heads) < 1 or getattr(c, width) % getattr(c, heads):
-            raise InputError(f"--{heads.replace('_', '-')} {getattr(c, heads)} does not divide the width {getattr(c, width)}")
-    changed = [name for name, value in SWITCHES.items() if getattr(c, name) != value]
+            flag = heads.replace("_", "-")
+            raise InputError(f"--{flag} {getattr(c, heads)} does not divide the width {getattr(c, width)}")
+    changed = [name for name in SWITCHES if getattr(c, name) != getattr(PATConfig, name)]
     if c.model == "san" and changed:
         raise InputError(f"--model san has no {changed[0].replace('_', ' ')} to switch: that flag is PAT's")
 
@@ -311,7 +311,7 @@ def load_run(run, device="cpu"):
     config, path = load_config(run), Path(run) / "checkpoint.safetensors"
     if not path.is_file():
         raise InputError(f"{path}: no such file; the run has not written a checkpoint yet")
-    torch.manual_seed(config.seed)                            # with pretrained "none", CLIP's weights come from the seed
+    torch.manual_seed(config.seed)                            # with pretrained "none", CLIP comes from the seed
     model = build(config)
     load_weights(model, path)
     return model.to(device).eval(), config

@@ -65,7 +65,7 @@ class TrainConfig(PATConfig):
     w_rec: float = 1.0
     align: str = "scale-free"          # or "literal", the paper's; "none" (--no-align) drops it, Table II
     crf_samples: int = 1000            # pixels an image and stage
-    restart_after: int = 0             # steps without use before a code restarts (in the first 85 % of the steps); 0 = never
+    restart_after: int = 0             # steps without use before a code restarts, in the first 85 % of them; 0 = never
     restart_share: float = 0.0         # "use" means more than this fraction of an even share of the features
     workers: int = 0                   # data-loading processes
     log_every: int = 50                # steps
@@ -240,7 +240,8 @@ def load_checkpoint(path, model, optimizer, scaler):
         for name, p in model.named_parameters():
             if f"adam.step.{name}" in keys:
                 state = {kind: file.get_tensor(f"adam.{kind}.{name}") for kind in ("step", "exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {kind: value if kind == "step" else value.to(p.device) for kind, value in state.items()}
+                where = {"step": "cpu"}                       # AdamW keeps its step counter there
+                optimizer.state[p] = {kind: value.to(where.get(kind, p.device)) for kind, value in state.items()}
     if scaler and json.loads(metadata["scaler"]):
         scaler.load_state_dict(json.loads(metadata["scaler"]))
     return int(metadata["step"])
@@ -303,7 +304,8 @@ def score(run, model, config, dataset, device):
         test, where = folder(config, config.val_data), config.val_data
     elif isinstance(dataset, World):
         test, where = World("val", config.val_images), "the world's test scenes"
-    table = score_table({f"{config.model.upper()} {run}": (model, config, test)}, device, images=config.val_images, data=where)
+    label = f"{config.model.upper()} {run}"
+    table = score_table({label: (model, config, test)}, device, images=config.val_images, data=where)
     write_scores(run / "scores", table)
     write_files({run / "samples.png": sample_sheet(model, test, device=device)})
     print(format_table(table), end="")
@@ -352,8 +354,8 @@ def train(config, resume=False, device="cpu"):
                               num_workers=config.workers, pin_memory=device.startswith("cuda")))
     log = open_log(run, config, start) if main else None
     if main:
-        tqdm.write(f"{config.model.upper()} {config.preset}: {trainable(model):,} trainable parameters, {config.batch} images "
-                   f"a step on {world} process(es), {device}; LPIPS {'on' if lpips else 'off'}")
+        tqdm.write(f"{config.model.upper()} {config.preset}: {trainable(model):,} trainable parameters, {config.batch} "
+                   f"images a step on {world} process(es), {device}; LPIPS {'on' if lpips else 'off'}")
     seen, since, before = {}, time.perf_counter(), start
     bar = tqdm(range(start, stop), initial=start, total=stop, unit="step", disable=not main)
     for step in bar:

@@ -86,7 +86,7 @@ def test_a_mask_over_the_whole_image_gives_the_ordinary_embedding(vlm):
 
 
 def test_a_copy_sees_only_where_its_bias_lets_it(vlm):
-    """With the right half forbidden, what the last blocks make of the right half's cls-level input does not matter."""
+    """Forbidding the right half is -inf there in the copy's row, 0 on the left, and changes what the copy says."""
     bias = torch.zeros(1, vlm.heads, 1, 8, 8)
     bias[..., 4:] = float("-inf")
     image = torch.randn(1, 3, 64, 64)
