@@ -30,19 +30,62 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import path
+
 
 def g(x):
     """Onto the unit sphere along the last axis; a zero row stays zero.  (..., D) -> (..., D)"""
     return F.normalize(x, dim=-1)
 
 
-def hypersphere_attention(q, k, v, kappa):
+class MeanShift(torch.autograd.Function):
+    """g(softmax(kappa g(q) g(k)ᵀ) v) with the gradient written out; call `hypersphere_attention`.
+
+    1. g cancels the denominator of the softmax: g(u / s) = g(u) for s > 0, so the weights need no sum,
+           u_i = Σ_j w_ij v_j,   w_ij = exp(kappa (c_ij - max_j c_ij)),   out_i = u_i / |u_i|
+    2. The gradient G_i = (d_i - out_i (out_iᵀ d_i)) / |u_i| that reaches u is tangent to out, so Σ_j w_ij G_iᵀ v_j = G_iᵀ u_i
+       = 0: the term that a softmax's backward subtracts in each row is zero.  What is left, r_ij = kappa w_ij G_iᵀ v_j:
+           dv = wᵀ G,   dg(q) = r g(k),   dg(k) = rᵀ g(q)
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, kappa, mask):
+        q_length, k_length = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k))
+        q, k = q / q_length, k / k_length
+        w = q @ k.transpose(-1, -2)                                                       # (...,N,P), cosines
+        if mask is not None:
+            w.masked_fill_(~mask, -torch.inf)
+        w.sub_(w.amax(-1, keepdim=True).clamp(min=-1)).mul_(kappa).exp_()                 # no key at all: w = 0, out = 0
+        out = w @ v
+        length = out.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        out /= length
+        ctx.save_for_backward(q, k, v, q_length, k_length, w, out, length)
+        ctx.kappa = kappa
+        return out
+
+    @staticmethod
+    def backward(ctx, d):
+        q, k, v, q_length, k_length, w, out, length = ctx.saved_tensors
+        G = (d - out * (out * d).sum(-1, keepdim=True)) / length                          # (...,N,D), tangent to out
+        r = (G @ v.transpose(-1, -2)).mul_(w).mul_(ctx.kappa)                             # (...,N,P)
+        dv, dq, dk = w.transpose(-1, -2) @ G, r @ k, r.transpose(-1, -2) @ q
+        dq, dk = ((dx - x * (x * dx).sum(-1, keepdim=True)) / length                      # through g: tangent again
+                  for dx, x, length in ((dq, q, q_length), (dk, k, k_length)))
+        return dq, dk, dv, None, None
+
+
+def hypersphere_attention(q, k, v, kappa, mask=None):
     """g(softmax(kappa g(q) g(k)ᵀ) v), Eq. 1.
 
     q (..., N, D), k (..., P, D), v (..., P, D) -> (..., N, D) with rows of unit length.  `kappa` > 0 is the
-    concentration: how sharply a query looks at the features in its own direction.
+    concentration: how sharply a query looks at the features in its own direction.  mask (B,P) bool, B the first
+    dimension: True for a key that counts; a query without any gives a zero row.  Never in half precision inside.
     """
-    return g(F.scaled_dot_product_attention(g(q), g(k), v, scale=float(kappa)))          # (..., N, D)
+    if mask is not None:
+        mask = mask.view(len(mask), *[1] * (q.dim() - 2), -1)                             # (B,...,1,P)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        return MeanShift.apply(q.to(dtype), k.to(dtype), v.to(dtype), float(kappa), mask).to(q.dtype)
 
 
 def mean_shift(x, seeds, kappa, steps):
@@ -83,11 +126,14 @@ class Attn(nn.Module):
 class HSAttn(Attn):
     """Multi-head hypersphere attention: queries, keys and each head's output live on the sphere; values do not."""
 
-    def __init__(self, width, heads, kappa=30.0):
+    def __init__(self, width, heads, kappa=30.0, kernels="auto"):
         super().__init__(width, heads)
-        self.kappa = kappa
+        self.kappa, self.kernels = kappa, kernels
 
     def attend(self, q, k, v):
+        if path(self.kernels, q.device, q.dtype, q.shape[-1], self.kappa) == "triton":
+            from kernels.mean_shift import hypersphere_attention as fused                 # Triton exists on Linux only
+            return fused(q, k, v, self.kappa)
         return hypersphere_attention(q, k, v, self.kappa)
 
 

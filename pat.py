@@ -36,6 +36,7 @@ from torch import nn
 from data import InputError
 from decoder import Decoder, Up, log2
 from hsattn import Attn, HSAttn
+from kernels import CHOICES
 from san import MLP, SAN, SANConfig, trainable
 from vq import vMFVQ
 
@@ -71,6 +72,7 @@ class PATConfig(SANConfig):
     unified: bool = False              # Table II: --unified, one embedding is queries and every codebook
     separate_decoders: bool = False    # Table II: --separate-decoders, one for pixels, one for masks
     decoder_stages: tuple = PYRAMID    # Table II: --decoder-stages mid late | late | (nothing)
+    kernels: str = "auto"              # torch, triton, or auto: Triton on a GPU (kernels/__init__.py)
 
 
 def preset(name, **changes):
@@ -114,10 +116,11 @@ def halvings(first, width, times):
 class PixelBranch(nn.Module):
     """The detachable tokenizer: image and three fused maps -> tokens of early, mid, late."""
 
-    def __init__(self, *, width, codes, code_dim, scales, patch, vmf, residual, unified):
+    def __init__(self, *, width, codes, code_dim, scales, patch, vmf, residual, unified, kernels):
         super().__init__()
         self.up = nn.ModuleDict({s: Up(width, scale) for s, scale in zip(PYRAMID, scales)})
-        self.vq = nn.ModuleDict({s: vMFVQ(width, 0 if unified else k, code_dim, vmf) for s, k in zip(PYRAMID, codes)})
+        self.vq = nn.ModuleDict({s: vMFVQ(width, 0 if unified else k, code_dim, vmf, kernels=kernels)
+                                 for s, k in zip(PYRAMID, codes)})
         self.down = None
         if residual:
             steps = dict(zip(PYRAMID, (a / b for a, b in zip((patch, *scales), scales))))
@@ -142,13 +145,14 @@ class PixelBranch(nn.Module):
 class SemanticStage(nn.Module):
     """Local tokens t from the codes and this image, global tokens q from t and this image."""
 
-    def __init__(self, *, width, code_dim, tokens, tokens_before, queries, heads, kappa, hidden, vmf, mixer, unified):
+    def __init__(self, *, width, code_dim, tokens, tokens_before, queries, heads, kappa, hidden, vmf, mixer, unified,
+                 kernels):
         super().__init__()
         self.mixer = mixer                                    # without it t reaches nothing, so there is no t
         if mixer:
             self.tok = None if unified else nn.Linear(code_dim, width)                    # W_tok
             self.mix_before = TokenMixer(tokens_before, tokens, hidden) if tokens_before else None
-            self.hsattn = HSAttn(width, heads, kappa) if vmf else Attn(width, heads)
+            self.hsattn = HSAttn(width, heads, kappa, kernels) if vmf else Attn(width, heads)
             self.norm_t, self.mix = nn.LayerNorm(width), TokenMixer(tokens, queries, hidden)
         self.attn, self.norm_q = Attn(width, heads), nn.LayerNorm(width)
 
@@ -170,13 +174,13 @@ class PAT(SAN):
         c = self.config
         sizes = [c.queries] * 3 if c.unified else list(c.codes[:3])
         self.pixels = PixelBranch(width=c.width, codes=c.codes[:3], code_dim=c.code_dim, scales=c.scales, patch=c.patch,
-                                  vmf=c.vmf, residual=c.residual, unified=c.unified)
-        self.latent = vMFVQ(c.width, 0 if c.unified else c.codes[3], c.code_dim, c.vmf)
+                                  vmf=c.vmf, residual=c.residual, unified=c.unified, kernels=c.kernels)
+        self.latent = vMFVQ(c.width, 0 if c.unified else c.codes[3], c.code_dim, c.vmf, kernels=c.kernels)
         self.to_code = nn.Linear(c.width, c.code_dim) if c.unified else None
         self.semantic = nn.ModuleList(
             SemanticStage(width=c.width, code_dim=c.code_dim, tokens=n, tokens_before=before, queries=c.queries,
                           heads=c.hs_heads, kappa=c.kappa, hidden=c.mixer_hidden, vmf=c.vmf, mixer=c.mixer,
-                          unified=c.unified)
+                          unified=c.unified, kernels=c.kernels)
             for n, before in zip(sizes, [0, *sizes]))
 
         def decoder(*tasks):
@@ -223,15 +227,16 @@ class PAT(SAN):
         return dict(masks=masks, classes=classes, image=out["image"].to(image.dtype), tokens=tokens)
 
 
-SWITCHES = ("vmf", "mixer", "residual", "unified", "separate_decoders", "decoder_stages", "scales", "decoder_attention")
+SWITCHES = ("vmf", "mixer", "residual", "unified", "separate_decoders", "decoder_stages", "scales", "decoder_attention",
+            "kernels")
 
 
 def check(c):
     """Raises InputError, naming the flag, for numbers of a config that do not fit together."""
-    choices = dict(model=("pat", "san"), decoder_attention=("pooled", "full"))
+    choices = dict(model=("pat", "san"), decoder_attention=("pooled", "full"), kernels=CHOICES)
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: there are {' and '.join(allowed)}")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: there are {', '.join(allowed)}")
     for stage in c.decoder_stages:
         if stage not in PYRAMID:
             raise InputError(f"--decoder-stages {stage}: there are {', '.join(PYRAMID)}")
@@ -311,6 +316,7 @@ def load_run(run, device="cpu"):
     config, path = load_config(run), Path(run) / "checkpoint.safetensors"
     if not path.is_file():
         raise InputError(f"{path}: no such file; the run has not written a checkpoint yet")
+    config.kernels = "auto"                                   # how it was trained binds nobody who only uses it
     torch.manual_seed(config.seed)                            # with pretrained "none", CLIP comes from the seed
     model = build(config)
     load_weights(model, path)

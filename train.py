@@ -40,6 +40,8 @@ from tqdm import tqdm
 from clip import pretrain
 from data import Folder, InputError, World, rng_for, run_cli, to_unit
 from eval import format_table, parse_flags, sample_sheet, score_table, write_files, write_scores
+from hsattn import g
+from kernels import path
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
 from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state
 from san import trainable
@@ -195,7 +197,9 @@ def restart(model, tokens, config, step):
             for k in range(K):
                 for b in (numbers == int(images[k])).nonzero()[:, 0].tolist():
                     candidates[k] = x[b, :, int(places[k] * x.shape[2])]
-        done[stage] = restart_dead_codes(vq.codebook, vq.idle, counts, summed(candidates), config.restart_after,
+        candidates = summed(candidates)
+        candidates = g(candidates) if vq.vmf else candidates
+        done[stage] = restart_dead_codes(vq.codebook, vq.idle, counts, candidates, config.restart_after,
                                          config.restart_share)
     return done
 
@@ -331,11 +335,26 @@ def check_recipe(config, processes):
         raise InputError("--model san has no alignment to switch: --no-align is PAT's")
 
 
+def paths(config, device):
+    """Which path the two operations with a Triton kernel take, in words.  InputError if the one asked for cannot run."""
+    if config.model == "san" or not config.vmf:
+        return "no operation with a kernel"
+    try:                                                      # every precision that autocast may choose goes the same way
+        found = {"assignment": path(config.kernels, torch.device(device), torch.float32, config.code_dim)}
+        if config.mixer:
+            D = config.width // config.hs_heads
+            found["mean shift"] = path(config.kernels, torch.device(device), torch.float32, D, config.kappa)
+    except ValueError as error:
+        raise InputError(f"--kernels {config.kernels}: {error}") from error
+    return ", ".join(f"{name} by {way}" for name, way in found.items())
+
+
 def train(config, resume=False, device="cpu"):
     """Train as `config` says, score, draw.  Returns the run directory."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     main = rank == 0
     check_recipe(config, world)
+    ways = paths(config, device)
     dataset = training_set(config)
     dataset.draw(config.seed, 0)                              # a dataset that cannot be read at all speaks up here
 
@@ -355,7 +374,7 @@ def train(config, resume=False, device="cpu"):
     log = open_log(run, config, start) if main else None
     if main:
         tqdm.write(f"{config.model.upper()} {config.preset}: {trainable(model):,} trainable parameters, {config.batch} "
-                   f"images a step on {world} process(es), {device}; LPIPS {'on' if lpips else 'off'}")
+                   f"images a step on {world} process(es), {device}; LPIPS {'on' if lpips else 'off'}; {ways}")
     seen, since, before = {}, time.perf_counter(), start
     bar = tqdm(range(start, stop), initial=start, total=stop, unit="step", disable=not main)
     for step in bar:

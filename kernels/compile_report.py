@@ -1,0 +1,125 @@
+"""What Triton's compiler makes of every kernel, for GPUs that need not be here.
+
+    python kernels/compile_report.py                  all launches, for sm_80, sm_86 and sm_90
+    python kernels/compile_report.py --json FILE      the same figures as JSON
+
+A launch is planned exactly as for a run (`plan_*` of the kernel's file), then compiled instead of run.  Of the result:
+
+    regs, stack    registers and bytes of stack a thread; a stack means registers were spilled to memory
+    shared         bytes of shared memory a program; 99 KiB is what every one of these GPUs can give
+    128-bit        loads of 16 bytes a thread from global memory, the widest there are; 0 where rows are not 16-byte aligned
+    tensor         tensor-core instructions (HMMA, or HGMMA on sm_90)
+    atomics        RED and ATOM on global memory: none, or sums would depend on the order in which programs finish
+
+No GPU and no CUDA toolkit are needed: Triton brings its assembler and disassembler.  Tests: tests/test_kernels.py.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.pop("TRITON_INTERPRET", None)                      # interpreted kernels cannot be compiled
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")        # a * b + c in one rounding; 3.10 changes the default
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from data import InputError, run_cli  # noqa: E402
+from eval import parse_flags, write_files  # noqa: E402
+from kernels import mean_shift, vmf_assign  # noqa: E402
+
+TARGETS = (80, 86, 90)
+POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
+           torch.int32: "*i32", torch.uint8: "*u8"}
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def launches():
+    """(name, Launch) of every kernel at the paper's sizes, planned on tensors without memory."""
+    meta = torch.device("meta")
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        label = str(dtype).removeprefix("torch.")
+        for K in (128, 256):
+            x, e = torch.empty(307200, 32, dtype=dtype, device=meta), torch.empty(K, 32, dtype=dtype, device=meta)
+            row = torch.empty(1, device=meta).expand(307200)
+            launch, (index, *_) = vmf_assign.plan_forward(x, e)
+            found.append((f"assign {label} K={K}", launch))
+            launch, _ = vmf_assign.plan_backward(x, e.float(), index, x, row, None, row)
+            found.append((f"quantise backward {label} K={K}", launch))
+            if dtype == torch.float32:
+                found.append((f"counts K={K}", vmf_assign.plan_count(index, K)[0]))
+        for D, masked in ((32, False), (64, True)):
+            q, k = (torch.empty(12, 8, n, D, dtype=dtype, device=meta) for n in (128, 1600))
+            mask = torch.empty(12, 1600, dtype=torch.uint8, device=meta) if masked else None
+            size = f"{label} D={D}" + (" masked" if masked else "")
+            (part, total), (out, length) = mean_shift.plan_forward(q, k, k, mask, 30.0)
+            (keys, queries, project), _ = mean_shift.plan_backward(q, k, k, mask, 30.0, out, length, out)
+            found += [(f"attention {size}", part), (f"combine {size}", total), (f"attention dk dv {size}", keys),
+                      (f"attention dq {size}", queries), (f"project {size}", project)]
+    return found
+
+
+def compile_for(launch, capability):
+    """The launch compiled for one GPU: dict of the header's figures."""
+    names = launch.kernel.arg_names
+    constants = {name: launch.constants[name] for name in names if name in launch.constants}
+    signature, attrs = dict.fromkeys(names, "constexpr"), {}
+    for i, (name, value) in enumerate(zip((n for n in names if n not in constants), launch.args)):
+        i = names.index(name)
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTER[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:                                      # Triton makes an argument of 1 a constant
+            constants[name] = 1
+        else:
+            signature[name] = "i32" if -2**31 <= value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attrs)
+    options = {key: launch.constants[key] for key in ("num_warps", "num_stages")}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (subprocess.run([TOOL, flag, file.name], capture_output=True, text=True, check=True).stdout
+                       for flag in ("--dump-resource-usage", "--dump-sass"))
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    return {"regs": registers, "stack": stack, "shared": compiled.metadata.shared,
+            "128-bit": len(re.findall(r"LDG\S*\.128|LDGSTS\S*\.128", sass)),
+            "tensor": len(re.findall(r"\bHG?MMA", sass)), "atomics": len(re.findall(r"\b(?:RED|ATOMG?)\b", sass))}
+
+
+def report(targets=TARGETS):
+    """[dict] of every launch and target."""
+    return [{"kernel": name, "sm": sm, **compile_for(launch, sm)} for name, launch in launches() for sm in targets]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--sm", type=int, nargs="+", default=TARGETS, help="compute capabilities, such as 80 90")
+    parser.add_argument("--json", metavar="FILE")
+    args = parse_flags(parser)
+    if not TOOL.exists():
+        raise InputError(f"{TOOL}: not there; this report needs Triton's own copy of cuobjdump")
+    rows = report(args.sm)
+    print(f"triton {triton.__version__}")
+    columns = list(rows[0])[2:]
+    print(f"{'kernel':36}{'sm':>4}" + "".join(f"{column:>9}" for column in columns))
+    for row in rows:
+        print(f"{row['kernel']:36}{row['sm']:4}" + "".join(f"{row[column]:9}" for column in columns))
+    if args.json:
+        write_files({args.json: json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n"})
+
+
+if __name__ == "__main__":
+    run_cli(main)
