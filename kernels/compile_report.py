@@ -51,7 +51,7 @@ def launches():
         for K in (128, 256):
             x, e = torch.empty(307200, 32, dtype=dtype, device=meta), torch.empty(K, 32, dtype=dtype, device=meta)
             row = torch.empty(1, device=meta).expand(307200)
-            launch, (index, *_) = vmf_assign.plan_forward(x, e)
+            launch, (_, index, *_) = vmf_assign.plan_forward(x, e)
             found.append((f"assign {label} K={K}", launch))
             launch, _ = vmf_assign.plan_backward(x, e.float(), index, x, row, None, row)
             found.append((f"quantise backward {label} K={K}", launch))
@@ -61,8 +61,8 @@ def launches():
             q, k = (torch.empty(12, 8, n, D, dtype=dtype, device=meta) for n in (128, 1600))
             mask = torch.empty(12, 1600, dtype=torch.uint8, device=meta) if masked else None
             size = f"{label} D={D}" + (" masked" if masked else "")
-            (part, total), (out, length) = mean_shift.plan_forward(q, k, k, mask, 30.0)
-            (keys, queries, project), _ = mean_shift.plan_backward(q, k, k, mask, 30.0, out, length, out)
+            (part, total), out = mean_shift.plan_forward(q, k, k, mask, 30.0)
+            (keys, queries, project), _ = mean_shift.plan_backward(q, k, k, mask, 30.0, *out, out[0])
             found += [(f"attention {size}", part), (f"combine {size}", total), (f"attention dk dv {size}", keys),
                       (f"attention dq {size}", queries), (f"project {size}", project)]
     return found

@@ -5,22 +5,22 @@
 Flash attention needs a running maximum, a running denominator and, for its backward, the log of the sum and a pre-pass.
 Two identities make all of that unnecessary here.
 
-**1. g cancels the denominator.**  g(u / s) = g(u) for any s > 0, so the softmax needs no sum: any common factor of a row
-will do.  And c <= 1, so w = exp(kappa (c - 1)) lies in (0,1]: no maximum is needed either.  Sums over parts of the keys
-therefore simply add:
+**1. g cancels the denominator.**  g(u / s) = g(u) for any s > 0, so any common factor of a row's weights will do.  And
+c <= 1, so w = exp(kappa (c - 1)) lies in (0,1] without a maximum.  Sums over parts of the keys therefore simply add:
 
-    u_i = Σ_j w_ij v_j,    out_i = u_i / |u_i|                          w >= exp(-2 kappa) > 0 in fp32 up to kappa = 43
+    u_i = Σ_j w_ij v_j,    s_i = Σ_j w_ij,    out_i = g(u_i)            w >= exp(-2 kappa) > 0 in fp32 up to kappa = 43
 
-s_i = Σ_j w_ij is kept for two reasons only: g divides by max(|u|/s, 1e-12), as F.normalize of the softmax's output does,
-and a padded key must not count (its zeros would weigh exp(-kappa), not 0, so it is masked, never left to its zeros).
+s is kept because of the small print: m = u / s is the mean that plain softmax gives, g divides by max(|m|, 1e-12), and
+where all keys are far |u|² would underflow and |m|² does not.  A padded key must not reach s: its zeros would weigh
+exp(-kappa), not 0, so it is masked, never left to its zeros.
 
-**2. The softmax's delta term is zero.**  The gradient that reaches u is tangent to the sphere:
+**2. The softmax's delta term is zero.**  The gradient that reaches m is tangent to the sphere:
 
-    G_i = (dOut_i - out_i (out_iᵀ dOut_i)) / |u_i|,    so   Σ_j w_ij (G_iᵀ v_j) = G_iᵀ u_i = 0
+    G_i = (dOut_i - out_i (out_iᵀ dOut_i)) / |m_i|,    so   Σ_j p_ij (G_iᵀ v_j) = G_iᵀ m_i = 0,    p = w / s
 
 which is exactly the term that softmax's backward subtracts in every row.  What is left is
 
-    dv_j = Σ_i w_ij G_i        r_ij = kappa w_ij (G_iᵀ v_j)        dg(q)_i = Σ_j r_ij g(k)_j        dg(k)_j = Σ_i r_ij g(q)_i
+    dv_j = Σ_i p_ij G_i        r_ij = kappa p_ij (G_iᵀ v_j)        dg(q)_i = Σ_j r_ij g(k)_j        dg(k)_j = Σ_i r_ij g(q)_i
 
 and dq, dk are the tangent parts of dg(q), dg(k), divided by the lengths.
 
@@ -78,12 +78,13 @@ def weights(cosine, live, kappa):
 
 
 @triton.jit
-def tangent(OUT, DOUT, LENGTH, place, rows, M, d, D: tl.constexpr):
-    """G of the header, (len(rows), len(d)); zero where u was zero or there is no row."""
+def tangent(OUT, DOUT, LENGTH, SUM, place, rows, M, d, D: tl.constexpr):
+    """G of the header, (len(rows), len(d)), and 1 / s; zeros where there is no row, or no key for it."""
     out, grad = rows_at(OUT + place * D, rows, M, D, d, D), rows_at(DOUT + place * D, rows, M, D, d, D)
-    length = tl.load(LENGTH + place + rows, rows < M, 0.0)
+    length = tl.load(LENGTH + place + rows, rows < M, 1.0)
+    s = tl.load(SUM + place + rows, rows < M, 0.0)
     grad = grad - out * tl.sum(out * grad, 1)[:, None]
-    return grad * tl.where(length > 0, 1.0 / tl.where(length > 0, length, 1.0), 0.0)[:, None]
+    return grad / length[:, None], tl.where(s > 0, 1.0 / tl.where(s > 0, s, 1.0), 0.0)
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def forward_kernel(
 @triton.jit
 def combine_kernel(
     U, S,                                  # as above, with R = B*heads*M rows
-    OUT, LENGTH,                           # (R,D); (R) fp32, what u was divided by
+    OUT, LENGTH, SUM,                      # (R,D); (R) fp32, |m| and s of the header
     R, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):
     rows, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
@@ -129,17 +130,17 @@ def combine_kernel(
         u += rows_at(U + part * size * D, rows, R, D, d, D)
         s += tl.load(S + part * size + rows, rows < R, 0.0)
         part += 1
-    length = tl.maximum(tl.sqrt(tl.sum(u * u, 1)), 1e-12 * s)
-    out = u / tl.where(length > 0, length, 1.0)[:, None]                                  # no key at all: a zero row
+    out, length = unit(u / tl.where(s > 0, s, 1.0)[:, None])                              # no key at all: a zero row
     tl.store(OUT + rows[:, None].to(tl.int64) * D + d[None, :], out.to(OUT.dtype.element_ty),
              (rows < R)[:, None] & (d < D)[None, :])
     tl.store(LENGTH + rows, length, rows < R)
+    tl.store(SUM + rows, s, rows < R)
 
 
 @triton.jit
 def backward_keys_kernel(
     Q, K, V, MASK,                         # as in the forward
-    OUT, LENGTH, DOUT,                     # (B,heads,M,D), (B,heads,M) fp32, (B,heads,M,D), contiguous
+    OUT, LENGTH, SUM, DOUT,                # (B,heads,M,D), (B,heads,M) fp32 twice, (B,heads,M,D), contiguous
     DK, DV,                                # (B,heads,P,D) contiguous
     M, P, heads, kappa,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -159,11 +160,11 @@ def backward_keys_kernel(
     for i in range(ROUNDS):
         rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
         q, q_length = unit(rows_at(Q + b * q_batch + h * q_head, rows, M, q_row, d, D))          # (BLOCK_M,BLOCK_D)
-        grad = tangent(OUT, DOUT, LENGTH, place, rows, M, d, D)
+        grad, per_sum = tangent(OUT, DOUT, LENGTH, SUM, place, rows, M, d, D)
         cosine = product(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), MODE)
-        w = weights(cosine, live[:, None], kappa)                                         # (BLOCK_N,BLOCK_M)
-        dv = product(w, grad, dv, MODE)
-        r = kappa * w * product(v, tl.trans(grad), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), MODE)
+        p = weights(cosine, live[:, None], kappa) * per_sum[None, :]                      # (BLOCK_N,BLOCK_M)
+        dv = product(p, grad, dv, MODE)
+        r = kappa * p * product(v, tl.trans(grad), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), MODE)
         dk = product(r, q, dk, MODE)
     dk = through_unit(dk, k, k_length)
     here = (keys < P)[:, None] & (d < D)[None, :]
@@ -174,7 +175,7 @@ def backward_keys_kernel(
 
 @triton.jit
 def backward_queries_kernel(
-    Q, K, V, MASK, OUT, LENGTH, DOUT,      # as above
+    Q, K, V, MASK, OUT, LENGTH, SUM, DOUT, # as above
     DQ,                                    # (splits,B*heads,M,D) fp32 partial sums of the gradient of g(q)
     M, P, heads, kappa,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -185,7 +186,7 @@ def backward_queries_kernel(
     b, h = (which // heads).to(tl.int64), (which % heads).to(tl.int64)
     rows, d = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q, q_length = unit(rows_at(Q + b * q_batch + h * q_head, rows, M, q_row, d, D))
-    grad = tangent(OUT, DOUT, LENGTH, which.to(tl.int64) * M, rows, M, d, D)
+    grad, per_sum = tangent(OUT, DOUT, LENGTH, SUM, which.to(tl.int64) * M, rows, M, d, D)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(ROUNDS):
         keys = (split * ROUNDS + i) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -195,8 +196,8 @@ def backward_queries_kernel(
         if MASKED:
             live = live & (tl.load(MASK + b * P + keys, keys < P, 0) != 0)
         cosine = product(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), MODE)
-        w = weights(cosine, live[None, :], kappa)
-        r = kappa * w * product(grad, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), MODE)
+        p = weights(cosine, live[None, :], kappa) * per_sum[:, None]
+        r = kappa * p * product(grad, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), MODE)
         dq = product(r, k, dq, MODE)
     place = (split.to(tl.int64) * tl.num_programs(2) + which) * M + rows
     tl.store(DQ + place[:, None] * D + d[None, :], dq, (rows < M)[:, None] & (d < D)[None, :])
@@ -253,23 +254,23 @@ def plan_split(q, k, kernel):
 
 
 def plan_forward(q, k, v, mask, kappa):
-    """([Launch of the parts, Launch of their sum], (out (B,heads,M,D), length (B,heads,M) fp32))"""
+    """([Launch of the parts, Launch of their sum], (out (B,heads,M,D), |m| and s, (B,heads,M) fp32))"""
     (B, heads, M, D) = q.shape
     tensors, numbers, constants = shared(q, k, v, mask, kappa)
     own, grid = plan_split(q, k, "forward")
     u, s = q.new_empty(grid[0], B, heads, M, D, dtype=torch.float32), q.new_empty(grid[0], B, heads, M, dtype=torch.float32)
-    out = q.new_empty(B, heads, M, D), q.new_empty(B, heads, M, dtype=torch.float32)
+    out = q.new_empty(B, heads, M, D), *(q.new_empty(B, heads, M, dtype=torch.float32) for _ in range(2))
     R = B * heads * M
     sum_up = dict(D=D, BLOCK_D=power_of_two(D), ROWS=64, num_warps=4, num_stages=1)
     return [Launch(forward_kernel, grid, (*tensors, u, s, *numbers), {**constants, **own}),
             Launch(combine_kernel, (triton.cdiv(R, 64),), (u, s, *out, R, grid[0]), sum_up)], out
 
 
-def plan_backward(q, k, v, mask, kappa, out, length, dout):
+def plan_backward(q, k, v, mask, kappa, out, length, s, dout):
     """([Launch of dk and dv, Launch of dq's parts, Launch of their sum], (dq, dk, dv))"""
     (B, heads, M, D), P = q.shape, k.shape[2]
     tensors, numbers, constants = shared(q, k, v, mask, kappa)
-    tensors = (*tensors, out, length, dout)
+    tensors = (*tensors, out, length, s, dout)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
 
     block_m, block_n, warps = tiles(q, "keys")
@@ -290,8 +291,8 @@ def plan_backward(q, k, v, mask, kappa, out, length, dout):
 
 @torch.library.custom_op("pat::mean_shift_attention", mutates_args=())
 def mean_shift_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
-                         kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (B,heads,M,D), k, v (B,heads,P,D), mask (B,P) uint8 or None -> out (B,heads,M,D), length (B,heads,M) fp32"""
+                         kappa: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (B,heads,M,D), k, v (B,heads,P,D), mask (B,P) uint8 or None -> out (B,heads,M,D), |m| and s (B,heads,M) fp32"""
     launches, out = plan_forward(*map(inner_contiguous, (q, k, v)), mask, kappa)
     for launch in launches:
         launch.run()
@@ -300,24 +301,24 @@ def mean_shift_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask
 
 @mean_shift_attention.register_fake
 def _(q, k, v, mask, kappa):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
 
 
 @torch.library.custom_op("pat::mean_shift_attention_backward", mutates_args=())
 def mean_shift_attention_backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, kappa: float, out: torch.Tensor,
-    length: torch.Tensor, dout: torch.Tensor,
+    length: torch.Tensor, s: torch.Tensor, dout: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, each in the shape and dtype of its input, contiguous"""
     q, k, v = map(inner_contiguous, (q, k, v))
-    launches, grads = plan_backward(q, k, v, mask, kappa, out.contiguous(), length.contiguous(), dout.contiguous())
+    launches, grads = plan_backward(q, k, v, mask, kappa, out, length, s, dout.contiguous())
     for launch in launches:
         launch.run()
     return grads
 
 
 @mean_shift_attention_backward.register_fake
-def _(q, k, v, mask, kappa, out, length, dout):
+def _(q, k, v, mask, kappa, out, length, s, dout):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -326,9 +327,9 @@ def keep(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
-def gradient(ctx, dout, _):
-    q, k, v, mask, out, length = ctx.saved_tensors
-    grads = torch.ops.pat.mean_shift_attention_backward(q, k, v, mask, ctx.kappa, out, length, dout)
+def gradient(ctx, dout, *_):
+    q, k, v, mask, out, length, s = ctx.saved_tensors
+    grads = torch.ops.pat.mean_shift_attention_backward(q, k, v, mask, ctx.kappa, out, length, s, dout)
     return *grads, None, None
 
 
@@ -373,7 +374,7 @@ def hypersphere_attention(q, k, v, kappa, mask=None):
     mask = None if mask is None else mask.to(torch.uint8).contiguous()
     batch = q.shape[:-2]
     q, k, v = (x.reshape(batch[0] if batch else 1, -1, *x.shape[-2:]) for x in (q, k, v))     # (B,heads,rows,D)
-    out, _ = torch.ops.pat.mean_shift_attention(q, k, v, mask, float(kappa))
+    out, *_ = torch.ops.pat.mean_shift_attention(q, k, v, mask, float(kappa))
     return out.view(*batch, *out.shape[-2:])
 
 

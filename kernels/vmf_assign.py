@@ -54,7 +54,7 @@ TILES = {(None, how): dict(forward=(64, 64, 4), backward=(64, 128, 8)) for how i
 def assign_kernel(
     X,                                     # (N,D) features, rows x_row apart
     E,                                     # (K,D) unit codes, in x's dtype
-    INDEX, CODE, COSINE, DISTANCE,         # (N) int64, (N,D), (N) fp32, (N) fp32
+    CODE, INDEX, COSINE, DISTANCE,         # (N,D), (N) int64, (N) fp32, (N) fp32
     N, K, x_row,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     MODE: tl.constexpr,
@@ -147,11 +147,11 @@ def tiles(x, kernel):
 
 
 def plan_forward(x, e):
-    """(Launch, (index, code, cosine, distance)) for x (N,D) and unit codes e (K,D) of x's dtype."""
+    """(Launch, (code, index, cosine, distance)) for x (N,D) and unit codes e (K,D) of x's dtype."""
     (N, D), K = x.shape, len(e)
     rows, chunk, warps = tiles(x, "forward")
     chunk = min(chunk, power_of_two(K))
-    out = (torch.empty(N, dtype=torch.int64, device=x.device), x.new_empty(N, D),
+    out = (x.new_empty(N, D), torch.empty(N, dtype=torch.int64, device=x.device),
            x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.float32))
     constants = dict(D=D, BLOCK_D=power_of_two(D), ROWS=rows, CHUNK=chunk, CHUNKS=triton.cdiv(K, chunk),
                      MODE=mode(x.dtype), num_warps=warps, num_stages=1)
@@ -194,7 +194,7 @@ def rows_of(x):
 
 @torch.library.custom_op("pat::vmf_assign", mutates_args=())
 def vmf_assign(x: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (N,D), unit codes e (K,D) fp32 -> index (N), code (N,D) in x's dtype, cosine (N), distance (N) = |g(x)-code|²"""
+    """x (N,D), unit codes e (K,D) fp32 -> code (N,D) in x's dtype, index (N), cosine (N), distance (N) = |g(x)-code|²"""
     launch, out = plan_forward(rows_of(x), e.to(x.dtype).contiguous())
     launch.run()
     return out
@@ -203,7 +203,7 @@ def vmf_assign(x: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 @vmf_assign.register_fake
 def _(x, e):
     cosine, distance = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
-    return x.new_empty(len(x), dtype=torch.int64), x.new_empty(x.shape), cosine, distance
+    return x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.int64), cosine, distance
 
 
 @torch.library.custom_op("pat::vmf_assign_backward", mutates_args=())
@@ -238,10 +238,10 @@ def _(index, K):
 
 
 def keep_for_assign(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[0])
+    ctx.save_for_backward(*inputs, output[1])
 
 
-def assign_gradient(ctx, _, grad_code, grad_cosine, __):
+def assign_gradient(ctx, grad_code, _, grad_cosine, __):
     x, e, index = ctx.saved_tensors
     return torch.ops.pat.vmf_assign_backward(x, e, index, None, grad_cosine, grad_code, grad_cosine)
 
@@ -252,7 +252,7 @@ vmf_assign.register_autograd(assign_gradient, setup_context=keep_for_assign)
 @torch.library.custom_op("pat::vmf_quantise", mutates_args=())
 def vmf_quantise(x: torch.Tensor, e: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> zq (N,D), index (N), L () fp32: `vmf_assign` with another gradient, see the header."""
-    index, code, _, distance = torch.ops.pat.vmf_assign(x, e)
+    code, index, _, distance = torch.ops.pat.vmf_assign(x, e)
     return code, index, distance.sum() * ((1 + beta) / x.numel())
 
 
@@ -295,7 +295,8 @@ def assign(x, codes):
     Raises ValueError for wrong shapes, dtypes or devices.
     """
     check(x, codes)
-    return torch.ops.pat.vmf_assign(x, F.normalize(codes.float(), dim=-1))[:3]
+    code, index, cosine, _ = torch.ops.pat.vmf_assign(x, F.normalize(codes.float(), dim=-1))
+    return index, code, cosine
 
 
 def quantise(x, codes, beta=0.25):

@@ -1,4 +1,4 @@
-"""Tests run from anywhere, on the files of this folder, with one fixed seed each."""
+"""Tests run from anywhere, on the files of this folder, with one fixed seed each; kernels without a GPU interpreted."""
 
 import os
 import sys
@@ -10,6 +10,9 @@ os.environ["PYTHONPATH"] = str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH",
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                      # has to be set before the first `import triton`
 
 
 @pytest.fixture(autouse=True)
