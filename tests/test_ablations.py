@@ -327,6 +327,6 @@ def test_the_command_reaches_the_table(tmp_path):
     for row, seed in jobs(1):
         finished(run_config(config, row, seed), mIoU=0.25)
     done = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--device", "cpu"], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=60)   # it trains nothing
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("1/1") == 13 and (tmp_path / "all" / "table.txt").read_text() in done.stdout
