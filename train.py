@@ -5,6 +5,7 @@
     python train.py --preset coco --data DIR                  the paper's recipe on a folder of yours
     torchrun --nproc_per_node=3 train.py --preset coco --data DIR
     python train.py --resume runs/world-pat-0                 go on where it stopped, as if it never had
+    python train.py --ablations --seeds 3                     every row of the paper's Table II, see ablations.py
 
 A step:  learning rate -> forward -> named losses -> weighted sum -> backward -> clip -> AdamW -> dead codes restart.
 
@@ -37,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ablations import STEPS, ablate, ablation_seeds
 from clip import pretrain
 from data import Folder, InputError, World, rng_for, run_cli, to_unit
 from eval import format_table, parse_flags, sample_sheet, score_table, write_files, write_scores
@@ -424,14 +426,18 @@ def train(config, resume=False, device="cpu"):
 
 
 def parse(argv=None):
-    """(config, resume, device) from the command line: every field of TrainConfig is a flag.
+    """(config, resume, device, seeds) from the command line: every field of TrainConfig is a flag.
 
+    seeds: of each row of Table II, `config` being the default row; 0 = no ablation, one ordinary run.
     Raises InputError for an unknown flag (naming the closest) or a value of the wrong kind.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--resume", metavar="RUN", help="go on with this run, with the settings it was started with")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--from-scratch", action="store_true", help="train the world's CLIP first, into the run directory")
+    parser.add_argument("--ablations", action="store_true",
+                        help=f"train every row of Table II; in the world {STEPS} steps each if --steps is not given")
+    parser.add_argument("--seeds", type=int, help="with --ablations: seeds 0..N-1 of each row (3)")
     for field in fields(TrainConfig):
         flag, kind, default = "--" + field.name.replace("_", "-"), type(field.default), argparse.SUPPRESS
         if kind is bool:                                      # --no-vmf for what is on, --unified for what is off
@@ -448,6 +454,7 @@ def parse(argv=None):
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
+    seeds = ablation_seeds(args, resume, from_scratch)
     if resume:
         extra = sorted(set(args) - {"stop_at"})
         if extra:
@@ -455,7 +462,7 @@ def parse(argv=None):
             raise InputError(f"--resume takes its settings from {resume}/config.json; leave out --{flag}")
         config = load_config(resume, TrainConfig)
         config.out, config.stop_at = str(resume), args.get("stop_at", 0)
-        return config, True, device
+        return config, True, device, 0
     config = recipe(args.pop("preset", "world"), **args)
     if from_scratch:
         if config.vlm != "world":
@@ -464,11 +471,13 @@ def parse(argv=None):
             raise InputError("--from-scratch runs on one process; make the weights first with python clip.py --pretrain")
         config.pretrained = str(run_directory(config, False) / "world_clip.safetensors")
         pretrain(config.pretrained, config.seed)
-    return config, False, device
+    return config, False, device, seeds
 
 
 def main():
-    config, resume, device = parse()
+    config, resume, device, seeds = parse()
+    if seeds:                                                 # whole runs are shared out: no process group
+        return ablate(config, seeds, train, device)
     if "RANK" in os.environ:                                  # started by torchrun
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         if device == "cuda":

@@ -121,7 +121,7 @@ def test_resuming_equals_never_having_stopped(tmp_path):
                                    ["--decoder-stages"], ["--model", "san"]], ids=" ".join)
 def test_every_row_of_table_two_trains_a_step(flags, tmp_path):
     """From the command line to finite losses; the row's terms are the ones it claims."""
-    config, _, _ = parse([*flags, "--out", str(tmp_path / "run")])
+    config, *_ = parse([*flags, "--out", str(tmp_path / "run")])
     for field, value in {**TINY, "steps": 2, "batch": 2}.items():
         setattr(config, field, value)
     line = json.loads((train.train(config) / "log.jsonl").read_text().splitlines()[-1])
@@ -149,10 +149,10 @@ def test_norms_positions_queries_and_codebooks_do_not_decay():
 
 
 def test_presets_are_the_papers_recipe():
-    config, _, _ = parse(["--preset", "coco", "--data", "somewhere"])
+    config, *_ = parse(["--preset", "coco", "--data", "somewhere"])
     assert (config.steps, config.batch, config.lr, config.weight_decay, config.clip) == (120_000, 12, 1e-4, 1e-4, 0.01)
     assert (config.vlm, config.pretrained, config.codes, config.points) == ("ViT-B-16", "openai", (128, 64, 32, 256), 12544)
-    eva, _, _ = parse(["--preset", "coco-eva", "--model", "san"])
+    eva, *_ = parse(["--preset", "coco-eva", "--model", "san"])
     assert (eva.vlm, eva.model) == ("EVA02-B-16", "san")
 
 
@@ -165,7 +165,7 @@ def test_presets_are_the_papers_recipe():
     (["--model", "san", "--unified"], "no unified"), (["--preset", "coco", "--from-scratch"], "not ViT-B-16")])
 def test_bad_flags_end_in_one_line(flags, says, tmp_path):
     with pytest.raises(InputError, match=says) as error:
-        config, resume, device = parse([*flags] if "--resume" in flags else [*flags, "--out", str(tmp_path / "run")])
+        config, resume, device, _ = parse([*flags] if "--resume" in flags else [*flags, "--out", str(tmp_path / "run")])
         train.train(config, resume, "cpu")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
@@ -201,7 +201,7 @@ def test_from_scratch_trains_the_worlds_clip_first(tmp_path, monkeypatch):
     """The weights land in the run directory and the run is set to use them."""
     made = []
     monkeypatch.setattr(train, "pretrain", lambda path, seed: made.append(path))
-    config, _, _ = parse(["--from-scratch", "--out", str(tmp_path / "run")])
+    config, *_ = parse(["--from-scratch", "--out", str(tmp_path / "run")])
     assert made == [config.pretrained] == [str(tmp_path / "run" / "world_clip.safetensors")]
 
 
