@@ -38,6 +38,9 @@ def g(x):
     return F.normalize(x, dim=-1)
 
 
+CACHED = 2**21                             # weights held at a time on the CPU: 8 MiB of fp32, which its cache takes
+
+
 class MeanShift(torch.autograd.Function):
     """g(softmax(kappa g(q) g(k)ᵀ) v) with the gradient written out; call `hypersphere_attention`.
 
@@ -81,11 +84,16 @@ def hypersphere_attention(q, k, v, kappa, mask=None):
     concentration: how sharply a query looks at the features in its own direction.  mask (B,P) bool, B the first
     dimension: True for a key that counts; a query without any gives a zero row.  Never in half precision inside.
     """
+    size, wide = len(q), torch.promote_types(q.dtype, torch.float32)
+    if q.device.type == "cpu" and q.dim() > 2:                # a few images at a time: see CACHED
+        size = max(1, CACHED * len(q) // max(1, q[..., 0].numel() * k.shape[-2]))
+    parts = list(zip(*(x.to(wide).split(size) for x in (q, k, v))))
+    masks = [None] * len(parts)
     if mask is not None:
-        mask = mask.view(len(mask), *[1] * (q.dim() - 2), -1)                             # (B,...,1,P)
-    dtype = torch.promote_types(q.dtype, torch.float32)
+        masks = mask.view(len(mask), *[1] * (q.dim() - 2), -1).split(size)                # (B,...,1,P)
     with torch.autocast(q.device.type, enabled=False):
-        return MeanShift.apply(q.to(dtype), k.to(dtype), v.to(dtype), float(kappa), mask).to(q.dtype)
+        outs = [MeanShift.apply(*part, float(kappa), part_mask) for part, part_mask in zip(parts, masks)]
+    return torch.cat(outs).to(q.dtype)
 
 
 def mean_shift(x, seeds, kappa, steps):

@@ -16,11 +16,13 @@ No GPU and no CUDA toolkit are needed: Triton brings its assembler and disassemb
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -29,6 +31,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")        # a * b + c in one
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -43,29 +46,25 @@ TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def launches():
-    """(name, Launch) of every kernel at the paper's sizes, planned on tensors without memory."""
-    meta = torch.device("meta")
-    found = []
+    """{name: Launch} of every kernel at the paper's sizes, planned on tensors without memory."""
+    meta, found = torch.device("meta"), {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         label = str(dtype).removeprefix("torch.")
         for K in (128, 256):
             x, e = torch.empty(307200, 32, dtype=dtype, device=meta), torch.empty(K, 32, dtype=dtype, device=meta)
             row = torch.empty(1, device=meta).expand(307200)
-            launch, (_, index, *_) = vmf_assign.plan_forward(x, e)
-            found.append((f"assign {label} K={K}", launch))
-            launch, _ = vmf_assign.plan_backward(x, e.float(), index, x, row, None, row)
-            found.append((f"quantise backward {label} K={K}", launch))
-            if dtype == torch.float32:
-                found.append((f"counts K={K}", vmf_assign.plan_count(index, K)[0]))
-        for D, masked in ((32, False), (64, True)):
+            found[f"assign {label} K={K}"], (_, index, *_) = vmf_assign.plan_forward(x, e)
+            found[f"quantise backward {label} K={K}"], _ = vmf_assign.plan_backward(x, e.float(), index, x, row, None, row)
+        for D in (32, 64):
             q, k = (torch.empty(12, 8, n, D, dtype=dtype, device=meta) for n in (128, 1600))
-            mask = torch.empty(12, 1600, dtype=torch.uint8, device=meta) if masked else None
-            size = f"{label} D={D}" + (" masked" if masked else "")
+            mask = None if D == 32 else torch.empty(12, 1600, dtype=torch.uint8, device=meta)
+            size = f"{label} D={D}" + ("" if D == 32 else " masked")
             (part, total), out = mean_shift.plan_forward(q, k, k, mask, 30.0)
             (keys, queries, project), _ = mean_shift.plan_backward(q, k, k, mask, 30.0, *out, out[0])
-            found += [(f"attention {size}", part), (f"combine {size}", total), (f"attention dk dv {size}", keys),
-                      (f"attention dq {size}", queries), (f"project {size}", project)]
-    return found
+            found.update({f"attention {size}": part, f"attention dk dv {size}": keys, f"attention dq {size}": queries})
+            if dtype == torch.float32:                        # these two and the counts only add up
+                found.update({f"combine D={D}": total, f"project D={D}": project})
+    return found | {"counts K=256": vmf_assign.plan_count(index, 256)[0]}
 
 
 def compile_for(launch, capability):
@@ -99,9 +98,9 @@ def compile_for(launch, capability):
             "tensor": len(re.findall(r"\bHG?MMA", sass)), "atomics": len(re.findall(r"\b(?:RED|ATOMG?)\b", sass))}
 
 
-def report(targets=TARGETS):
-    """[dict] of every launch and target."""
-    return [{"kernel": name, "sm": sm, **compile_for(launch, sm)} for name, launch in launches() for sm in targets]
+def report_one(job):
+    """One row: job = (name of a launch, compute capability)"""
+    return {"kernel": job[0], "sm": job[1], **compile_for(launches()[job[0]], job[1])}
 
 
 def main():
@@ -111,7 +110,9 @@ def main():
     args = parse_flags(parser)
     if not TOOL.exists():
         raise InputError(f"{TOOL}: not there; this report needs Triton's own copy of cuobjdump")
-    rows = report(args.sm)
+    jobs = [(name, sm) for name in launches() for sm in args.sm]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        rows = list(tqdm(pool.map(report_one, jobs), desc="compiling", total=len(jobs), unit="kernel"))
     print(f"triton {triton.__version__}")
     columns = list(rows[0])[2:]
     print(f"{'kernel':36}{'sm':>4}" + "".join(f"{column:>9}" for column in columns))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import hsattn
 from hsattn import Attn, HSAttn, hypersphere_attention, mean_shift
 
 
@@ -56,6 +57,38 @@ def test_gradients_are_right():
     q, k, v = (torch.randn(1, n, 3, dtype=torch.float64, requires_grad=True) for n in (2, 4, 4))
     up = torch.randn(1, 2, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *a: (hypersphere_attention(*a, 5.0) * up).sum(), (q, k, v))
+
+
+def test_a_batch_in_parts_is_the_batch(monkeypatch):
+    """On the CPU a large batch goes a few images at a time; masks and gradients follow."""
+    q, k, v = (torch.randn(5, 2, n, 4, requires_grad=True) for n in (3, 6, 6))
+    mask, up = torch.rand(5, 6) < 0.7, torch.randn(5, 2, 3, 4)
+    found = []
+    for held in (2**21, 2 * 2 * 3 * 6):                       # all five at once; two at a time
+        monkeypatch.setattr(hsattn, "CACHED", held)
+        out = hypersphere_attention(q, k, v, 9.0, mask)
+        found.append((out, *torch.autograd.grad((out * up).sum(), (q, k, v))))
+    for whole, parts in zip(*found):
+        torch.testing.assert_close(whole, parts)
+
+
+def test_a_masked_feature_is_as_good_as_gone():
+    """In value and gradient; a token that may look at nothing is a zero row with a zero gradient."""
+    q, k, v = (torch.randn(2, n, 4, requires_grad=True) for n in (3, 6, 6))
+    mask = torch.tensor([[True] * 4 + [False] * 2, [False] * 6])
+    out, up = hypersphere_attention(q, k, v, 9.0, mask), torch.randn(2, 3, 4)
+    torch.testing.assert_close(out[0], hypersphere_attention(q[:1], k[:1, :4], v[:1, :4], 9.0)[0])
+    assert (out[1] == 0).all()
+    for grad in torch.autograd.grad((out * up).sum(), (q, k, v)):
+        assert (grad[1] == 0).all() and grad[0].abs().sum() > 0
+
+
+def test_half_precision_is_for_outside_only():
+    """bf16 in and out, but cosines and weights in fp32: the error is the rounding of the ends, not kappa times it."""
+    q, k, v = (torch.randn(1, n, 30).bfloat16() for n in (8, 200, 200))
+    out = hypersphere_attention(q, k, v, 30.0)
+    exact = hypersphere_attention(q.float(), k.float(), v.float(), 30.0)
+    assert out.dtype == torch.bfloat16 and (out.float() - exact).abs().max() <= 2**-9
 
 
 def test_mean_shift_finds_the_modes_and_names_each_point():

@@ -19,8 +19,7 @@ import hsattn
 import kernels
 import vq
 from data import InputError, World
-from losses import generator
-from pat import build, preset
+from pat import build
 from train import gradients, paths, recipe
 
 if importlib.util.find_spec("triton") is None:
@@ -413,6 +412,37 @@ def test_the_length_of_a_walk_is_rounded_to_four_leading_bits(exact, rounded):
 
 def test_a_walk_shares_blocks_among_programs():
     assert tile.rounds(100, 8) == 13 and tile.rounds(3, 8) == 1 and tile.rounds(0, 8) == 1
+
+
+def train_steps(choice, steps):
+    """The losses of a few training steps of a small PAT in the world, by one path or the other."""
+    config = recipe("world", kernels=choice, batch=1, codes=(20, 12, 8, 24), queries=6, decoder_width=16, decoder_heads=2,
+                    width=24, hs_heads=2, heads=2, head_width=24, precision="fp32", points=128, crf_samples=16)
+    torch.manual_seed(0)
+    model = build(config).to(DEVICE).train()
+    text = model.vlm.embed_text(World.train_names[:5]).to(DEVICE)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for step in range(steps):
+        image, label = World("train").draw(0, step)
+        optimizer.zero_grad()
+        terms, _ = gradients(model, text, [(image[None], label[None].clamp(max=4), torch.tensor([step]))], config)
+        optimizer.step()
+        losses.append({name: float(value) for name, value in terms.items()})
+    return losses
+
+
+def test_training_with_and_without_kernels_gives_the_same_losses(launched):
+    """Every loss of every step; the whole model, so 4 quantisers and 3 HSAttn, forward and backward, in each step."""
+    steps = 20 if GPU else 3
+    fused = train_steps("triton", steps)
+    names = [name for name, _, _ in launched]
+    assert names.count("assign_kernel") == names.count("backward_kernel") == 4 * steps
+    assert names.count("forward_kernel") == names.count("backward_keys_kernel") == 3 * steps
+    plain = train_steps("torch", steps)
+    assert len(launched) == len(names)                        # the other path launched nothing
+    for ours, theirs in zip(fused, plain):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 # --- bugs that were planted on purpose --------------------------------------------------------------------------------
