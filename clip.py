@@ -39,6 +39,7 @@ import pickle
 import sys
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,6 +249,11 @@ class VLM(nn.Module):
         return self.cache[key, device]
 
 
+def reason(error):
+    """An exception in a few words: its kind, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+
+
 # --- text embeddings on disk ----------------------------------------------------------------------------------------
 
 SMALL_TOWER = 10_000_000               # parameters; a smaller text tower, such as the world's, is not worth a file
@@ -276,10 +282,10 @@ def read_cached(path, shape):
             rows, stored = file.get_tensor("embeddings"), (file.metadata() or {}).get("sha256")
         if tuple(rows.shape) == shape and stored == checksum({"embeddings": rows}):
             return rows
-        reason = "its content is not what was written"
+        why = "its content is not what was written"
     except Exception as error:                                # safetensors and the file system each have their own
-        reason = str(error).splitlines()[0][:150]
-    print(f"{path}: damaged ({reason}); the names are embedded again", file=sys.stderr)
+        why = reason(error)
+    print(f"{path}: damaged ({why}); the names are embedded again", file=sys.stderr)
     return None
 
 
@@ -291,8 +297,9 @@ def write_cached(path, rows):
         save_file({"embeddings": rows}, temporary, {"sha256": checksum({"embeddings": rows})})
         os.replace(temporary, path)
     except Exception as error:                                # safetensors wraps the file system's
-        temporary.unlink(missing_ok=True)
-        print(f"{path.parent}: cannot be written ({str(error).splitlines()[0][:150]}); the names' embeddings are not "
+        with suppress(OSError):
+            temporary.unlink()
+        print(f"{path.parent}: cannot be written ({reason(error)}); the names' embeddings are not "
               "kept: set PAT_CACHE to a folder that can", file=sys.stderr)
 
 
@@ -307,7 +314,7 @@ def load_pickle(path):
         raise InputError(f"{path}: is no checkpoint, or holds Python objects beside tensors, whose loading could run "
                          "code; if you trust it, save its tensors alone with torch.save or safetensors") from error
     except Exception as error:                                # zip, legacy tar and file system each have their own
-        raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0][:150]}); it may be truncated: "
+        raise InputError(f"{path}: cannot be read ({reason(error)}); it may be truncated: "
                          "copy it again") from error
 
 
@@ -327,7 +334,7 @@ def read_weights(path):
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0][:150]}); it may be truncated: "
+        raise InputError(f"{path}: cannot be read ({reason(error)}); it may be truncated: "
                          "copy it again") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(torch.is_tensor(value) for value in state.values()):
@@ -372,7 +379,7 @@ def find_weights(name, pretrained, tags):
         path = open_clip.download_pretrained(weights)
     except Exception as error:                                # whatever the network raised
         raise InputError(f"weights {pretrained!r} of {name} are neither here nor can they be downloaded "
-                         f"({str(error).splitlines()[0][:150]}); where there is no network, give a file: "
+                         f"({reason(error)}); where there is no network, give a file: "
                          "--pretrained FILE") from error
     return read_weights(Path(path)), weights.get("quick_gelu", False)
 
@@ -413,7 +420,7 @@ def open_model(name, pretrained):
         own = model.state_dict()
         if "positional_embedding" in state and "positional_embedding" not in own:
             state = convert_to_custom_text_state_dict(state)  # an older layout of models with a text tower apart
-        wrong = differences(own, state)
+        wrong = differences(own, state, most=5)
         if wrong:
             raise InputError(f"{pretrained}: not weights of {name} in open_clip's layout: {wrong}")
         if base == name and pretrained not in tags and "openai" in tags:
