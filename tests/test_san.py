@@ -8,6 +8,7 @@ import pytest
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from safetensors import safe_open
+from test_clip import smaller
 
 import clip
 import san
@@ -187,7 +188,12 @@ def test_san_large_has_the_published_parameters_and_the_same_layout():
     assert {our_key(key, 18) for key in state if key not in san.NOT_PARAMETERS} == set(model.state_dict())
     assert {key.split(".")[2] for key in state if key.startswith("clip_rec_head.resblocks")} == set("012345")
     from_published(model, state)
-    assert trainable(of_size("coco-eva-large")) == 9_321_650 and trainable(of_size("coco-eva")) == 8_370_866
+
+
+def test_eva_large_trains_as_many_numbers(monkeypatch):
+    """Counted with 4 of its 24 frozen blocks and a small vocabulary: nothing of those is trained."""
+    smaller(monkeypatch, {}, {"layers": 1, "vocab_size": 8}, 4)
+    assert trainable(build(preset("coco-eva-large", model="san", pretrained="none"))) == 9_321_650
 
 
 class Evil:
