@@ -363,13 +363,16 @@ def is_ours(config):
 
 
 def find_weights(name, pretrained, tags):
-    """(state dict or None, whether it wants quick-GELU) of a tag, a local file, or "none"; see `open_model`."""
+    """(state dict or None, whether it wants quick-GELU, or None if nobody knows) of what `open_model` is given."""
     if pretrained == "none":
         return None, "openai" in tags
     if Path(pretrained).suffix or os.sep in pretrained or Path(pretrained).is_file():
         if not Path(pretrained).is_file():
             raise InputError(f"{pretrained}: no such file; give a checkpoint of {name}, an open_clip tag, or none")
-        return read_weights(Path(pretrained)), "openai" in tags
+        state = read_weights(Path(pretrained))
+        proj = state.get("visual.proj", torch.empty(0))
+        theirs = torch.equal(proj.half().to(proj.dtype), proj)
+        return state, (True if theirs else None) if "openai" in tags else False
     if not open_clip.is_pretrained_cfg(name, pretrained):
         close = difflib.get_close_matches(pretrained, [*tags, "none"], 1, cutoff=0)[0]
         raise InputError(f"{name} has no weights called {pretrained!r}; did you mean {close!r}? There are "
@@ -415,7 +418,7 @@ def open_model(name, pretrained):
     state, quick = find_weights(base, pretrained, tags)
     quick = name.endswith("-quickgelu") if base != name else quick
     kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    model = kind(**{**config, "quick_gelu": quick})
+    model = kind(**{**config, "quick_gelu": bool(quick)})
     if state is not None:
         own = model.state_dict()
         if "positional_embedding" in state and "positional_embedding" not in own:
@@ -423,11 +426,9 @@ def open_model(name, pretrained):
         wrong = differences(own, state, most=5)
         if wrong:
             raise InputError(f"{pretrained}: not weights of {name} in open_clip's layout: {wrong}")
-        if base == name and pretrained not in tags and "openai" in tags:
-            proj = state["visual.proj"]
-            if not torch.equal(proj.half().to(proj.dtype), proj):
-                raise InputError(f"{pretrained}: not OpenAI's weights, and a file does not say which activation it was "
-                                 f"trained with; name it: --vlm {name}-gelu or --vlm {name}-quickgelu")
+        if quick is None:
+            raise InputError(f"{pretrained}: not OpenAI's weights, and a file does not say which activation it was "
+                             f"trained with; name it: --vlm {name}-gelu or --vlm {name}-quickgelu")
         model.load_state_dict(state)
     return model, open_clip.get_tokenizer(base)
 

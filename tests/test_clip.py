@@ -210,6 +210,7 @@ def test_weights_get_the_activation_they_were_trained_with(tiny, tmp_path, monke
     monkeypatch.setattr(open_clip, "download_pretrained", lambda weights: others)
     assert activation(open_model("ViT-B-16", "openai")[0]) == "QuickGELU"
     assert activation(open_model("ViT-B-16", "laion2b_s34b_b88k")[0]) == "GELU"
+    assert activation(open_model("ViT-B-16", "LAION2B-s34B-b88K")[0]) == "GELU"
 
 
 def test_unknown_models_and_tags_name_the_closest(monkeypatch):
@@ -425,6 +426,16 @@ def test_a_cache_that_cannot_be_written_is_said_and_changes_nothing(cached, caps
     assert cached[0].embed_text(["grass"]).shape == (1, 64)
     assert "set PAT_CACHE to a folder that can" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_full_disk_leaves_no_half_file(cached, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_text("half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(clip, "save_file", full)
+    assert cached[0].embed_text(["grass"]).shape == (1, 64)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_the_default_run_leaves_nothing_in_the_home_directory(cached, monkeypatch, tmp_path):

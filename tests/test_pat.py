@@ -284,7 +284,15 @@ def test_what_is_no_published_checkpoint_leaves_nothing_behind(published, tmp_pa
     assert "\n" not in str(error.value) and [p.name for p in tmp_path.iterdir()] == ["san.pth"]
 
 
-def test_an_import_overwrites_nothing(published, tmp_path):
+def test_an_import_overwrites_nothing_and_leaves_nothing_half_done(published, tmp_path, monkeypatch):
+    """The disk fills up after clip.safetensors; then the name is taken, or cannot be."""
+    def full(model):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="cannot be written .No space"):
+        patch.setattr(pat, "fingerprint", full)
+        import_published(published[0], tmp_path / "run", published[2])
+    assert [path.name for path in tmp_path.iterdir()] == ["san.pth"]
     (tmp_path / "run").mkdir()
     with pytest.raises(InputError, match="exists already"):
         import_published(published[0], tmp_path / "run", published[2])
