@@ -247,7 +247,7 @@ def test_bad_weight_files_end_in_one_line(tiny, tmp_path, monkeypatch):
     model, _ = open_model("ViT-B-16", "none")
     state = model.half().state_dict()
     torch.save(open_model("EVA02-B-16", "none")[0].state_dict(), "eva.pt")
-    torch.save({key: value for key, value in state.items() if key != "visual.proj"} | {"visual.prjo": state["visual.proj"]}, "typo.pt")
+    torch.save({key.replace("visual.proj", "visual.prjo"): value for key, value in state.items()}, "typo.pt")
     torch.save({**state, "visual.positional_embedding": torch.zeros(257, 64)}, "grid.pt")
     torch.save(state, "whole.pt")
     save_file(state, "whole.safetensors")
@@ -257,7 +257,8 @@ def test_bad_weight_files_end_in_one_line(tiny, tmp_path, monkeypatch):
     Path("text.pt").write_text("hello")
     Path("code.pt").write_bytes(pickle.dumps({"visual.proj": Evil()}))
     torch.save({"visual.proj": Evil()}, "zip.pt")
-    for file, says in [("eva.pt", "eva.pt: not weights of ViT-B-16 in open_clip's layout: 49 missing: ln_final.bias, .*44 more; 46 unknown: text"),
+    for file, says in [("eva.pt", "eva.pt: not weights of ViT-B-16 in open_clip's layout: 49 missing: ln_final.bias, .*"
+                                  "44 more; 46 unknown: text"),
                        ("typo.pt", "1 missing: visual.proj; 1 unknown: visual.prjo$"),
                        ("grid.pt", r"1 of another shape: visual.positional_embedding \(257, 64\) for \(197, 64\)"),
                        ("half.pt", "half.pt: cannot be read"), ("half.safetensors", "half.safetensors: cannot be read"),
