@@ -92,7 +92,7 @@ def measure(preset, model_name, training, batch, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--preset", default="world", choices=("world", "coco", "coco-eva"))
+    parser.add_argument("--preset", default="world", choices=("world", "coco", "coco-eva", "coco-large"))
     parser.add_argument("--rounds", type=int, default=5)
     args = parse_flags(parser)
     if args.rounds < 1:

@@ -134,6 +134,12 @@ def segment(model, image, text, size, none_of_these=False):
     return prediction, {"image": image, "tokens": out["tokens"], "crop": crop, "padded": padded}
 
 
+def segment_photo(model, picture, names, none_of_these=False):
+    """Any picture (H,W,3) uint8 and any names, for a model in eval mode -> as `segment`, at the picture's own size."""
+    small = resize_short(picture, model.config.short_side, model.config.long_side)            # (h,w,3)
+    return segment(model, to_tensor(small), model.vlm.embed_text(names), picture.shape[:2], none_of_these)
+
+
 @torch.no_grad()
 def segment_dense(vlm, stride, image, text, size):
     """Training-free, MaskCLIP-style: each patch's own CLIP feature against the names -> prediction (H,W) int64."""
@@ -522,12 +528,9 @@ def photo_command(args):
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE or not out.parent.is_dir():
         raise InputError(f"--out {out}: needs an existing folder and a picture's ending, such as out.png")
     names, picture = parse_names(args.labels), read_image(args.image)                         # (H,W,3) uint8
-    model, config = load_run(args.run, args.device)
-    model.eval()
-    small = resize_short(picture, config.short_side, config.long_side)                        # (h,w,3)
-    size, text = picture.shape[:2], model.vlm.embed_text(names)
-    prediction, seen = segment(model, to_tensor(small), text, size, args.none_of_these)
-    colours = palette(len(names))
+    model, _ = load_run(args.run, args.device)
+    prediction, seen = segment_photo(model.eval(), picture, names, args.none_of_these)
+    colours, size = palette(len(names)), picture.shape[:2]
     files = {"": overlay(picture, prediction, colours), "_legend": legend(prediction, names, colours)}
     if seen:
         files["_reconstruction"] = resize(to_image(seen["image"]), size, smooth=True)

@@ -84,8 +84,10 @@ def hypersphere_attention(q, k, v, kappa, mask=None):
     concentration: how sharply a query looks at the features in its own direction.  mask (B,P) bool, B the first
     dimension: True for a key that counts; a query without any gives a zero row.  Never in half precision inside.
     """
+    if q.dim() == 2:
+        return hypersphere_attention(q[None], k[None], v[None], kappa)[0]
     size, wide = len(q), torch.promote_types(q.dtype, torch.float32)
-    if q.device.type == "cpu" and q.dim() > 2:                # a few images at a time: see CACHED
+    if q.device.type == "cpu":                                # a few images at a time: see CACHED
         size = max(1, CACHED * len(q) // max(1, q[..., 0].numel() * k.shape[-2]))
     parts = list(zip(*(x.to(wide).split(size) for x in (q, k, v))))
     masks = [None] * len(parts)

@@ -20,24 +20,29 @@ image ──┬─> frozen CLIP ──> F0, F3, F6, F9 ──fusion──> f0, f
 # ours: residual and LN around HSAttn and Attn; stem and Down as 3x3 stride-2 convolutions; TokenMixer as a 3-layer GELU
 #       MLP along the token axis; "unified" gives all four stages one codebook through one linear.
 
-Demo: `python pat.py` counts the parameters of the reference size.  Tests: tests/test_pat.py.  Read next: losses.py.
+Demo: `python pat.py` counts the parameters of the reference size; `python pat.py import san_vit_b_16.pth --out RUN`
+makes a run directory of a published SAN checkpoint.  Tests: tests/test_pat.py.  Read next: losses.py.
 """
 
+import argparse
 import hashlib
 import json
-from dataclasses import dataclass, fields
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError
+from data import InputError, run_cli
 from decoder import Decoder, Up, log2
 from hsattn import Attn, HSAttn
 from kernels import CHOICES
-from san import MLP, SAN, SANConfig, trainable
+from san import MLP, SAN, SANConfig, from_published, read_published, trainable
 from vq import vMFVQ
 
 PYRAMID = ("early", "mid", "late")
@@ -76,7 +81,12 @@ class PATConfig(SANConfig):
 
 
 def preset(name, **changes):
-    """The model of a preset: "world" (default run), "coco" (the paper's, CLIP ViT-B/16), "coco-eva" (EVA02-B/16)."""
+    """The model of a preset: "world" (default run), "coco" (the paper's, CLIP ViT-B/16), "coco-eva" (EVA02-B/16).
+
+    "coco-large" is the published SAN-L's: ViT-L/14-336 sees 0.7 of the image, 448 pixels of 640, as a 32x32 grid.
+    "coco-eva-large" puts EVA02-L/14-336 in its place, which nobody published.
+    """
+    large = dict(clip_scale=0.7)
     if name == "world":
         numbers = dict(vlm="world", pretrained="world", clip_scale=1.0, depths=(0, 2, 3, 4), width=96, depth=4, heads=6,
                        patch=8, grid=8, queries=20, head_width=96, short_side=64, long_side=256, hs_heads=6,
@@ -85,8 +95,12 @@ def preset(name, **changes):
         numbers = {}
     elif name == "coco-eva":
         numbers = dict(vlm="EVA02-B-16", pretrained="merged2b_s8b_b131k")
+    elif name == "coco-large":
+        numbers = dict(vlm="ViT-L-14-336", **large)
+    elif name == "coco-eva-large":
+        numbers = dict(vlm="EVA02-L-14-336", pretrained="merged2b_s6b_b61k", **large)
     else:
-        raise InputError(f"no preset is called {name!r}; there are world, coco and coco-eva")
+        raise InputError(f"no preset is called {name!r}; there are world, coco, coco-eva, coco-large, coco-eva-large")
     return PATConfig(**{"preset": name, **numbers, **changes})
 
 
@@ -276,15 +290,20 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def load_weights(model, path):
-    """Load the trained part of a checkpoint.  Raises InputError unless names, shapes and the VLM agree."""
+def read_checkpoint(path):
+    """(name -> tensor of the trained part, metadata) of a checkpoint.  Raises InputError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             state = {key[6:]: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}
-            metadata = file.metadata() or {}
+            return state, file.metadata() or {}
     except Exception as error:
         raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); it may be truncated: "
                          "copy it again or train again") from error
+
+
+def load_weights(model, path):
+    """Load the trained part of a checkpoint.  Raises InputError unless names, shapes and the VLM agree."""
+    state, metadata = read_checkpoint(path)
     own = trained_state(model)
     wrong = sorted(key for key in own.keys() | state.keys()
                    if key not in own or key not in state or own[key].shape != state[key].shape)
@@ -298,12 +317,55 @@ def load_weights(model, path):
             own[key].copy_(value)
 
 
+def layers(names, everything):
+    """`names` in short: a layer of which every entry of `everything` is among them stands for all of these."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        for prefix in (".".join(parts[:k]) for k in range(1, len(parts) + 1)):
+            if all(other in names for other in everything if other == prefix or other.startswith(prefix + ".")):
+                found.add(prefix)
+                break
+    return sorted(found)
+
+
+def warm_start(model, run):
+    """Start from another run: copy every trained entry of its checkpoint that has a place of its shape in `model`.
+
+    CLIP's position embedding belongs to its CLIP, so it comes along only if the frozen weights are the same.  -> a line
+    that says what was taken, and which layers were not.  Raises InputError if there is no such run, or nothing fits.
+    """
+    if Path(run).is_file():
+        raise InputError(f"--init {run}: takes a run directory; a published SAN checkpoint becomes one with "
+                         f"python pat.py import {run} --out runs/san-published")
+    load_config(run)
+    state, metadata = read_checkpoint(Path(run) / "checkpoint.safetensors")
+    own, same = trained_state(model), metadata.get("vlm") == fingerprint(model)
+    fits = {name for name in own.keys() & state.keys()
+            if own[name].shape == state[name].shape and (same or not name.startswith("vlm."))}
+    if not fits:
+        raise InputError(f"--init {run}: nothing in its checkpoint fits this model; is it of another preset?")
+    with torch.no_grad():
+        for name in fits:
+            own[name].copy_(state[name])
+    said = {"without a place here": layers(state.keys() - own.keys(), state),
+            "not in it": layers(own.keys() - state.keys(), own),
+            "of another shape or another CLIP": layers(own.keys() & state.keys() - fits, own)}
+    return (f"started from {run}: {len(fits)} of its {len(state)} entries taken" +
+            "".join(f"; {what}: {', '.join(names)}" for what, names in said.items() if names))
+
+
 def load_config(run, config_class=PATConfig):
-    """The config of a run directory.  Raises InputError if config.json is missing or damaged."""
+    """The config of a run directory; CLIP weights beside it are found wherever the directory lies.
+
+    Raises InputError if config.json is missing or damaged.
+    """
     try:
         stored = json.loads((Path(run) / "config.json").read_text())
         known = {field.name for field in fields(config_class)}
-        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
+        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
+        beside = Path(run) / config.pretrained
+        return replace(config, pretrained=str(beside)) if beside.is_file() else config
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{run}: no run directory (config.json: {error}); make one with `python train.py`") from error
 
@@ -323,6 +385,67 @@ def load_run(run, device="cpu"):
     return model.to(device).eval(), config
 
 
-if __name__ == "__main__":
+PUBLISHED = {768: "coco", 1024: "coco-large"}                 # width of CLIP -> the preset of the published SAN over it
+
+
+def import_published(path, out, config=None):
+    """Make a run directory of a published SAN checkpoint, complete: it needs no other file and no network.
+
+    clip.safetensors: the CLIP inside, frozen but for its trained position embedding, in open_clip's layout;
+    checkpoint.safetensors: what SAN trains; config.json: `config`, by default that of the published size found.
+    Raises InputError if the file is damaged or not such a checkpoint, or if `out` exists; nothing is then written.
+    """
+    published, out = read_published(path), Path(out)
+    if config is None:
+        conv = published.get("clip_visual_extractor.conv1.weight", torch.empty(0))
+        if len(conv) not in PUBLISHED:
+            raise InputError(f"{path}: neither SAN with ViT-B/16 nor with ViT-L/14-336: clip_visual_extractor."
+                             f"conv1.weight is {tuple(conv.shape) if len(conv) else 'missing'}")
+        config = preset(PUBLISHED[len(conv)], model="san")
+    if "ov_classifier.token_embedding.weight" not in published:
+        raise InputError(f"{path}: CLIP's text tower is not in it (ov_classifier.token_embedding.weight and others)")
+    if out.exists():
+        raise InputError(f"--out {out}: exists already; choose another name")
+    model = build(replace(config, pretrained="none"))
+    try:
+        from_published(model, published)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    temporary = out.with_name(f".{os.getpid()}.{out.name}")
+    try:
+        temporary.mkdir(parents=True)
+        save_file(model.vlm.model.state_dict(), temporary / "clip.safetensors")
+        trained = {f"model.{name}": value.detach() for name, value in trained_state(model).items()}
+        metadata = {"step": "0", "vlm": fingerprint(model), "scaler": "{}"}
+        save_file(trained, temporary / "checkpoint.safetensors", metadata)
+        config = json.dumps(asdict(replace(config, pretrained="clip.safetensors")), indent=1)
+        (temporary / "config.json").write_text(config + "\n")
+        os.rename(temporary, out)
+    except Exception as error:                                # safetensors wraps the file system's
+        raise InputError(f"--out {out}: cannot be written ({str(error).splitlines()[0]})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def main(argv=None):
+    parser = OneLineParser(description="PAT's parameters; or a run directory from a published SAN checkpoint")
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("import", help="make a run directory of a published SAN checkpoint")
+    command.add_argument("file", metavar="FILE", help="san_vit_b_16.pth or san_vit_large_14.pth")
+    command.add_argument("--out", metavar="RUN", required=True, help="the run directory to make")
+    args = parser.parse_args(argv)
+    if args.command == "import":
+        import_published(args.file, args.out)
+        print(f"written: config.json, checkpoint.safetensors, clip.safetensors in {args.out}")
+        return
     for name in ("world", "coco"):
         print(f"PAT, {name}: {trainable(build(preset(name, pretrained='none'))):,} trainable parameters")
+
+
+if __name__ == "__main__":
+    run_cli(main)

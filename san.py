@@ -24,14 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip import VLM, open_model
+from clip import VLM, differences, load_pickle, open_model
+from data import InputError
 
 
 @dataclass
 class SANConfig:
     """Every number of the SAN model; defaults are the reference size."""
 
-    vlm: str = "ViT-B-16"              # open_clip name, or "world"
+    vlm: str = "ViT-B-16"              # open_clip name, or "world"; clip.open_model says what -gelu, -quickgelu add
     pretrained: str = "openai"         # open_clip tag, a local file, or "none" for random weights
     clip_scale: float = 0.5            # CLIP sees the image at this fraction (0.7 for ViT-L-14-336)
     depths: tuple = ()                 # blocks after which CLIP's maps are taken; () = quarters of its depth
@@ -253,30 +254,42 @@ def our_key(key, rec_start):
     return key
 
 
-def from_published(model, published):
-    """Load a state dict in the layout of the published SAN checkpoints (or a dict with it under "model") into `model`.
+TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 
-    The text tower may be absent (it stays as it is).  Raises KeyError listing missing and unknown keys, ValueError on
-    a wrong shape; the model is then unchanged.
+
+def read_published(path):
+    """The state dict of a published checkpoint: its "model" entry, or the whole of it.  name -> tensor
+
+    Raises InputError for a file that is damaged, holds code, or holds no tensors by name.
     """
-    published = published.get("model", published)
+    published = load_pickle(path)
+    published = published.get("model", published) if isinstance(published, dict) else {}
+    if not published or not all(torch.is_tensor(value) for value in published.values()):
+        raise InputError(f"{path}: holds no state dict, neither at its top nor under 'model'; is it a SAN checkpoint?")
+    return published
+
+
+def from_published(model, published):
+    """Load a state dict in the layout of the published SAN checkpoints into `model`, CLIP included.
+
+    The text tower may be absent as a whole (it stays as it is).  Raises InputError listing missing and unknown entries
+    and wrong shapes; the model is then unchanged.
+    """
     state, loaded = model.state_dict(), {}
     for key, value in published.items():
         if key not in NOT_PARAMETERS:
-            loaded[our_key(key, model.vlm.depths[-1])] = value
-    text = ("vlm.model.transformer.", "vlm.model.token_embedding.", "vlm.model.positional_embedding",
-            "vlm.model.ln_final.", "vlm.model.text_projection", "vlm.model.attn_mask")
-    unknown = sorted(set(loaded) - set(state))
-    missing = sorted(key for key in set(state) - set(loaded) if not key.startswith(text))
-    if unknown or missing:
-        raise KeyError(f"not a SAN checkpoint of this size: {len(missing)} keys missing {missing[:5]}, "
-                       f"{len(unknown)} unknown {unknown[:5]}")
-    for key, value in loaded.items():
-        if value.ndim == 4 and state[key].ndim == 2:          # 1x1 convolutions are linears here
-            loaded[key] = value = value.flatten(1)
-        if value.shape != state[key].shape:
-            raise ValueError(f"{key}: {tuple(value.shape)} in the checkpoint, {tuple(state[key].shape)} in the model")
-    model.load_state_dict({**state, **loaded})
+            ours = our_key(key, model.vlm.depths[-1])
+            ours = key if ours in loaded else ours            # two entries for one place: the second is unknown
+            if value.shape[2:] == (1, 1) and ours in state and state[ours].ndim == 2:
+                value = value.flatten(1)                      # 1x1 convolutions are linears here
+            loaded[ours] = value
+    text = tuple(f"vlm.model.{name}" for name in TEXT)
+    if not any(key.startswith(text) for key in loaded):
+        loaded.update({key: value for key, value in state.items() if key.startswith(text)})
+    wrong = differences(state, loaded)
+    if wrong:
+        raise InputError(f"not a SAN checkpoint of this size: {wrong}")
+    model.load_state_dict(loaded)
 
 
 def trainable(model):

@@ -45,7 +45,7 @@ from eval import format_table, parse_flags, sample_sheet, score_table, write_fil
 from hsattn import g
 from kernels import path
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
-from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state
+from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state, warm_start
 from san import trainable
 from vq import codebook_health, restart_dead_codes
 
@@ -55,6 +55,7 @@ class TrainConfig(PATConfig):
     """Everything about a run; defaults are the paper's where it states them."""
 
     out: str = ""                      # run directory; "" = runs/PRESET-MODEL-SEED
+    init: str = ""                     # a run to start from, and whose CLIP to take unless --pretrained is given
     steps: int = 120_000
     batch: int = 12                    # images a step, over all processes and accumulation
     accumulate: int = 1                # forward-backward passes a step
@@ -363,6 +364,7 @@ def train(config, resume=False, device="cpu"):
     # ---- model, optimiser, data ----
     torch.manual_seed(config.seed)
     model = build(config).to(device).train()
+    began = warm_start(model, config.init) if config.init and not resume else ""
     run = run_directory(config, resume)                       # from here on there is something on disk
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr)
     scaler = torch.amp.GradScaler() if config.precision == "fp16" and device.startswith("cuda") else None
@@ -377,6 +379,8 @@ def train(config, resume=False, device="cpu"):
     if main:
         tqdm.write(f"{config.model.upper()} {config.preset}: {trainable(model):,} trainable parameters, {config.batch} "
                    f"images a step on {world} process(es), {device}; LPIPS {'on' if lpips else 'off'}; {ways}")
+    if main and began:
+        tqdm.write(began)
     seen, since, before = {}, time.perf_counter(), start
     bar = tqdm(range(start, stop), initial=start, total=stop, unit="step", disable=not main)
     for step in bar:
@@ -464,6 +468,9 @@ def parse(argv=None):
         config.out, config.stop_at = str(resume), args.get("stop_at", 0)
         return config, True, device, 0
     config = recipe(args.pop("preset", "world"), **args)
+    if config.init and Path(config.init).is_dir() and "pretrained" not in args:
+        began = load_config(config.init)
+        config.pretrained = began.pretrained if began.vlm == config.vlm else config.pretrained
     if from_scratch:
         if config.vlm != "world":
             raise InputError(f"--from-scratch trains the world's CLIP, not {config.vlm}")

@@ -18,3 +18,9 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """No test reads or writes the text embeddings of whoever runs it."""
+    os.environ["PAT_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -1,12 +1,22 @@
 """The model: what flows where, what each switch of Table II changes, how large it is."""
 
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from test_san import published_layout
 from torch.func import functional_call
 
+import pat
+import train
 from data import InputError
-from pat import PYRAMID, STAGES, TokenMixer, build, fingerprint, load_run, load_weights, preset, trained_state
+from pat import (PYRAMID, STAGES, TokenMixer, build, fingerprint, import_published, layers, load_run, load_weights, preset,
+                 trained_state, warm_start)
 from san import trainable
 from train import recipe, save_checkpoint
 
@@ -207,3 +217,184 @@ def test_damaged_and_foreign_checkpoints_are_refused(run, tmp_path):
     (path / "config.json").write_text("{")
     with pytest.raises(InputError, match="no run directory"):
         load_run(path)
+
+
+# --- published SAN checkpoints ---
+
+
+def randomised(config):
+    """A model none of whose numbers is what its initialisation gives, nor equal to another."""
+    model = build(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture
+def published(tmp_path):
+    """(file in the published layout, the SAN that is in it, its config): the world's sizes."""
+    config = preset("world", model="san", pretrained="none")
+    model = randomised(config)
+    torch.save({"model": published_layout(model)}, tmp_path / "san.pth")
+    return tmp_path / "san.pth", model, config
+
+
+def test_a_published_checkpoint_becomes_a_run_bit_for_bit_and_needs_nothing_else(published, tmp_path, monkeypatch):
+    """CLIP included: the file deleted, the directory moved, the network off, every weight and every answer is the same."""
+    path, model, config = published
+    import_published(path, tmp_path / "runs" / "san", config)
+    path.unlink()
+    shutil.move(tmp_path / "runs" / "san", tmp_path / "moved")
+    monkeypatch.setattr(socket, "socket", None)
+    loaded, found = load_run(tmp_path / "moved")
+    own, theirs = model.state_dict(), loaded.state_dict()
+    assert own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
+    assert found == replace(config, pretrained=str(tmp_path / "moved" / "clip.safetensors"))
+    assert torch.equal(model(images(), TEXT)["masks"][0], loaded(images(), TEXT)["masks"][0])
+    assert torch.equal(model.vlm.embed_text(["grass"]), loaded.vlm.embed_text(["grass"]))
+    assert fingerprint(model) == fingerprint(loaded)
+
+
+def test_the_clip_of_an_imported_run_cannot_be_swapped(published, tmp_path):
+    path, _, config = published
+    import_published(path, tmp_path / "san", config)
+    torch.manual_seed(9)
+    torch.save({"model": published_layout(randomised(config))}, path)
+    import_published(path, tmp_path / "other", config)
+    shutil.copy(tmp_path / "other" / "clip.safetensors", tmp_path / "san")
+    with pytest.raises(InputError, match="trained over other CLIP weights"):
+        load_run(tmp_path / "san")
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda state: state.pop("side_adapter_network.query_embed"), "san.pth: not a SAN.*1 missing: side.query_embed$"),
+    (lambda state: state.update({"backbone.0.weight": torch.ones(1)}), "san.pth: not a SAN.*1 unknown: backbone.0.weight$"),
+    (lambda state: state.update({"ov_classifier.bg_embed": torch.ones(1, 7)}), r"background \(1, 7\) for \(1, 64\)"),
+    (lambda state: [state.pop(key) for key in list(state) if "ov_classifier.t" in key], "san.pth: CLIP's text tower"),
+    (lambda state: [state.pop(key) for key in list(state) if "ov_classifier.tr" in key], "24 missing: vlm.model.transformer")],
+    ids=["missing", "unknown", "shape", "no text", "half a text"])
+def test_what_is_no_published_checkpoint_leaves_nothing_behind(published, tmp_path, change, says):
+    path, _, config = published
+    state = torch.load(path, weights_only=True)["model"]
+    change(state)
+    torch.save({"model": state}, path)
+    with pytest.raises(InputError, match=says) as error:
+        import_published(path, tmp_path / "run", config)
+    assert "\n" not in str(error.value) and [p.name for p in tmp_path.iterdir()] == ["san.pth"]
+
+
+def test_an_import_overwrites_nothing_and_leaves_nothing_half_done(published, tmp_path, monkeypatch):
+    """The disk fills up after clip.safetensors; then the name is taken, or cannot be."""
+    def full(model):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="cannot be written .No space"):
+        patch.setattr(pat, "fingerprint", full)
+        import_published(published[0], tmp_path / "run", published[2])
+    assert [path.name for path in tmp_path.iterdir()] == ["san.pth"]
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        import_published(published[0], tmp_path / "run", published[2])
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(InputError, match="cannot be written"):
+        import_published(published[0], tmp_path / "file" / "run", published[2])
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_the_import_command_knows_b_from_large_by_its_clip(published, tmp_path, monkeypatch, capsys):
+    """Width 768 is ViT-B/16, 1024 is ViT-L/14-336; another, as the world's 128 here, is refused by name."""
+    path, _, config = published
+    with pytest.raises(InputError, match=r"neither SAN with ViT-B/16.*conv1.weight is \(128, 3, 8, 8\)"):
+        pat.main(["import", str(path), "--out", str(tmp_path / "run")])
+    with pytest.raises(InputError, match="--out; see --help"):
+        pat.main(["import", str(path)])
+    asked = []
+    monkeypatch.setitem(pat.PUBLISHED, 128, "coco-large")
+    monkeypatch.setattr(pat, "preset", lambda name, model: asked.append((name, model)) or config)
+    pat.main(["import", str(path), "--out", str(tmp_path / "run")])
+    assert asked == [("coco-large", "san")] and "clip.safetensors in" in capsys.readouterr().out
+    assert pat.PUBLISHED[768] == "coco" and preset("coco").vlm == "ViT-B-16"
+    large = preset("coco-large")
+    assert (pat.PUBLISHED[1024], large.vlm, large.clip_scale, large.patch, large.grid) == ("coco-large", "ViT-L-14-336", 0.7, 16, 40)
+
+
+# --- starting from another run ---
+
+
+def test_a_layer_stands_for_its_entries_only_if_all_are_there():
+    everything = ["a.x", "a.y", "b.c.x", "b.c.y", "b.d", "e"]
+    assert layers({"a.x", "a.y", "b.c.x", "b.c.y", "e"}, everything) == ["a", "b.c", "e"]
+    assert layers({"a.x", "b.d", "b.c.x", "b.c.y"}, everything) == ["a.x", "b"]
+
+
+def test_a_warm_start_takes_what_fits_and_lists_exactly_what_does_not(published, tmp_path):
+    """PAT from SAN, with 12 queries instead of 20: the mask head has no place, the queries have another shape."""
+    path, theirs, config = published
+    import_published(path, tmp_path / "san", config)
+    clip = str(tmp_path / "san" / "clip.safetensors")
+    model = build(preset("world", pretrained=clip, queries=12))
+    before = {name: value.clone() for name, value in trained_state(model).items()}
+    said = warm_start(model, tmp_path / "san")
+    after, state = trained_state(model), trained_state(theirs)
+    taken = {name for name in after if not torch.equal(after[name], before[name])}
+    shapes = {"side.query_embed", "side.query_pos_embed"}
+    positions = "vlm.model.visual.positional_embedding"       # equal before and after: the imported CLIP brings its own
+    assert taken == {name for name in state if not name.startswith("head.")} - shapes - {positions}
+    assert all(torch.equal(after[name], state[name]) for name in taken | {positions})
+    head = sum(name.startswith("head.") for name in state)
+    assert said == (f"started from {tmp_path / 'san'}: {len(state) - head - 2} of its {len(state)} entries taken; "
+                    "without a place here: head; not in it: decoder, latent, pixels, semantic; "
+                    "of another shape or another CLIP: side.query_embed, side.query_pos_embed")
+
+
+def test_over_another_clip_its_position_embedding_stays(published, tmp_path):
+    path, theirs, config = published
+    import_published(path, tmp_path / "san", config)
+    model = build(preset("world", pretrained="world", model="san"))
+    own = model.vlm.positions.clone()
+    assert warm_start(model, tmp_path / "san").endswith("of another shape or another CLIP: vlm")
+    assert torch.equal(model.vlm.positions, own) and torch.equal(model.side.query_embed, theirs.side.query_embed)
+
+
+def test_a_warm_start_names_what_it_cannot_start_from(published, run, tmp_path, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    for where, says in [(published[0], "python pat.py import"), (tmp_path / "nowhere", "no run directory"),
+                        (tmp_path / "broken", "not a readable checkpoint")]:
+        with pytest.raises(InputError, match=says) as error:
+            warm_start(world(), where)
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(pat, "trained_state", lambda model: {"background": torch.zeros(1, 63), "other": torch.ones(1)})
+    with pytest.raises(InputError, match="nothing in its checkpoint fits"):
+        warm_start(world(), run[0])
+
+
+def test_a_warm_started_run_resumes_bit_for_bit_and_brings_its_clip(published, tmp_path, capsys):
+    """Two steps at once, and one, a stop, one more, from the command line; the second start needs no first run."""
+    path, _, config = published
+    import_published(path, tmp_path / "san", config)
+    flags = ["--model", "san", "--init", str(tmp_path / "san"), "--steps", "2", "--batch", "2", "--points", "64",
+             "--val-images", "1"]
+    for more, starts in ((["--out", str(tmp_path / "whole")], True), (["--out", str(tmp_path / "broken"), "--stop-at", "1"], True),
+                         (["--resume", str(tmp_path / "broken")], False)):
+        if not starts:
+            (tmp_path / "san" / "checkpoint.safetensors").unlink()
+        train.train(*train.parse(flags * starts + more)[:2])
+        assert ("started from" in "".join(capsys.readouterr())) == starts
+    (a, config), (b, _) = (load_run(tmp_path / name) for name in ("whole", "broken"))
+    assert config.pretrained == str(tmp_path / "san" / "clip.safetensors")
+    a, b = a.state_dict(), b.state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_readmes_snippet_names_the_pixels_of_a_photo(run, tmp_path, monkeypatch):
+    """The lines themselves, on a run and a photo where they look for them."""
+    readme = (Path(pat.__file__).parent / "README.md").read_text()
+    snippet = readme.split("```python\n")[1].split("```")[0]
+    assert len(snippet.splitlines()) <= 4
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run[0], "runs/world-pat-0", ignore=lambda *_: ["runs"])
+    Image.new("RGB", (90, 70), "red").save("photo.jpg")
+    exec(snippet, names := {})
+    assert names["labels"].shape == (70, 90) and set(names["labels"].unique().tolist()) <= {0, 1, 2}

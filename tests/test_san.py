@@ -8,12 +8,13 @@ import pytest
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from safetensors import safe_open
+from test_clip import smaller
 
 import clip
 import san
-from data import MEAN, STD
-from pat import preset
-from san import MLP, SAN, MaskHead, SANConfig, from_published, our_key, trainable
+from data import MEAN, STD, InputError
+from pat import build, preset
+from san import MLP, SAN, MaskHead, SANConfig, from_published, our_key, read_published, trainable
 
 HERE = Path(__file__).parent
 
@@ -37,7 +38,7 @@ def model(published):
         model = SAN(SANConfig(clip_scale=c["scale"], depths=(0, 1, 2, 3), width=side["width"], depth=side["depth"],
                               heads=side["heads"], patch=side["patch"], grid=side["image_size"] // side["patch"],
                               queries=side["queries"], head_width=side["mlp_channels"]))
-    from_published(model, {"model": {key[8:]: value for key, value in tensors.items() if key.startswith("weights.")}})
+    from_published(model, {key[8:]: value for key, value in tensors.items() if key.startswith("weights.")})
     return model
 
 
@@ -110,12 +111,19 @@ def test_missing_and_unknown_keys_are_listed_and_nothing_is_loaded(published, mo
     weights = {key[8:]: value + 1 for key, value in tensors.items() if key.startswith("weights.")}
     before = model.background.clone()
     lost = weights.pop("side_adapter_network.query_embed")
-    with pytest.raises(KeyError, match="side.query_embed"):
-        from_published(model, weights)
-    with pytest.raises(KeyError, match="side_adapter_network.extra"):
-        from_published(model, {**weights, "side_adapter_network.query_embed": lost, "side_adapter_network.extra": lost})
-    with pytest.raises(ValueError, match="side.query_embed"):
-        from_published(model, {**weights, "side_adapter_network.query_embed": lost[:, :3]})
+    whole = {**weights, "side_adapter_network.query_embed": lost}
+    for wrong, says in [
+            (weights, "1 missing: side.query_embed$"),
+            ({**whole, "side_adapter_network.extra": lost}, "1 unknown: side_adapter_network.extra$"),
+            ({**whole, "ov_classifier.bg_embed2": lost}, "1 unknown: vlm.model.bg_embed2$"),
+            ({**whole, "clip_visual_extractor.resblocks.3.ln_1.bias": lost}, "1 unknown: clip_visual_extractor.resblocks.3.ln_1.bias$"),
+            ({**whole, "ov_classifier.ln_final.bias": lost}, "missing: .*vlm.model.token_embedding.weight"),
+            ({**whole, "side_adapter_network.query_embed": lost[:, :3]},
+             r"1 of another shape: side.query_embed \(1, 3, .*\) for \(1, "),
+            ({**weights, "side_adapter_network.query_ember": lost}, "1 missing: side.query_embed; 1 unknown: side.query_ember")]:
+        with pytest.raises(InputError, match=says) as error:
+            from_published(model, wrong)
+        assert "\n" not in str(error.value)
     assert torch.equal(before, model.background)
 
 
@@ -123,6 +131,95 @@ def test_the_entries_that_are_no_parameters_are_skipped(published, model):
     tensors, _, _ = published
     weights = {key[8:]: value for key, value in tensors.items() if key.startswith("weights.")}
     from_published(model, {**weights, "criterion.empty_weight": torch.ones(172), "ov_classifier.attn_mask": torch.ones(2, 2)})
+
+
+def published_key(ours, rec_start):
+    """The inverse of `our_key`, written apart from it."""
+    parts = ours.split(".")
+    if ours == "background":
+        return "ov_classifier.bg_embed"
+    if ours.startswith("vlm.model.visual.transformer."):
+        i = int(parts[5])
+        owner, i = ("clip_visual_extractor", i) if i < rec_start else ("clip_rec_head", i - rec_start)
+        return ".".join([owner, "resblocks", str(i), *parts[6:]])
+    if ours.startswith("vlm.model.visual."):
+        return ("clip_rec_head." if parts[3] in ("proj", "ln_post") else "clip_visual_extractor.") + ".".join(parts[3:])
+    if ours.startswith("vlm.model."):
+        return "ov_classifier." + ".".join(parts[2:])
+    if parts[0] == "fusion":
+        return f"side_adapter_network.fusion_layers.layer_{parts[1]}.input_proj.{int(parts[2] == 'proj')}.{parts[3]}"
+    if parts[0] == "head":
+        return "side_adapter_network.mask_decoder." + ".".join(parts[1:])
+    if parts[1] == "patch_embed":
+        return f"side_adapter_network.vit_model.patch_embed.proj.{parts[2]}"
+    return "side_adapter_network." + ("" if parts[1].startswith("query") else "vit_model.") + ".".join(parts[1:])
+
+
+def published_layout(model):
+    """A SAN's state dict as the published code would have saved it, with the entries that are no parameters."""
+    state = {}
+    for key, value in model.state_dict().items():
+        theirs = published_key(key, model.vlm.depths[-1])
+        convolution = ("input_proj.1.weight", ".pix_mlp.", ".attn_mlp.")
+        is_map = value.ndim == 2 and any(part in theirs for part in convolution)
+        state[theirs] = value[..., None, None] if is_map else value
+    return {**state, "criterion.empty_weight": torch.ones(172), "ov_classifier.attn_mask": torch.zeros(77, 77)}
+
+
+def of_size(name):
+    """SAN of a preset, without its numbers: shapes and names alone."""
+    with torch.device("meta"):
+        return build(preset(name, model="san", pretrained="none"))
+
+
+def test_the_inverse_layout_is_the_published_one():
+    """Names and shapes of all 442 entries of the ViT-B/16 checkpoint, so the round trips below are in its layout."""
+    lines = [line.split(" ", 1) for line in (HERE / "san_vit_b_16_keys.txt").read_text().splitlines() if line[0] != "#"]
+    theirs = {key: tuple(int(n) for n in shape.strip("(),").split(",") if n.strip()) for key, shape in lines}
+    assert {key: tuple(value.shape) for key, value in published_layout(of_size("coco")).items()} == theirs
+    assert len(theirs) == 442
+
+
+def test_san_large_has_the_published_parameters_and_the_same_layout():
+    """9.32 million trained numbers, as its log says; blocks 18 to 23 recognise.  No real file of it was at hand."""
+    model = of_size("coco-large")
+    assert trainable(model) == 9_321_650 and model.vlm.depths == (0, 6, 12, 18)
+    state = published_layout(model)
+    assert {our_key(key, 18) for key in state if key not in san.NOT_PARAMETERS} == set(model.state_dict())
+    assert {key.split(".")[2] for key in state if key.startswith("clip_rec_head.resblocks")} == set("012345")
+    from_published(model, state)
+
+
+def test_eva_large_trains_as_many_numbers(monkeypatch):
+    """Counted with 4 of its 24 frozen blocks and a small vocabulary: nothing of those is trained."""
+    smaller(monkeypatch, {}, {"layers": 1, "vocab_size": 8}, 4)
+    assert trainable(build(preset("coco-eva-large", model="san", pretrained="none"))) == 9_321_650
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def test_published_files_are_read_without_running_code(tmp_path, monkeypatch):
+    """Under "model" or bare, beside whatever a trainer saved; code, truncation and other content are one line each."""
+    monkeypatch.chdir(tmp_path)
+    state = {"a": torch.ones(2), "b": torch.zeros(3)}
+    torch.save({"model": state, "iteration": 60_000, "optimizer": {"param_groups": [{"lr": 1e-4}]}}, "whole.pth")
+    torch.save(state, "bare.pth")
+    for name in ("whole.pth", "bare.pth"):
+        assert all(torch.equal(value, state[key]) for key, value in read_published(name).items())
+    torch.save({"model": state, "scheduler": Evil()}, "code.pth")
+    Path("cut.pth").write_bytes(Path("whole.pth").read_bytes()[:500])
+    torch.save({"model": {"a": 3}}, "numbers.pth")
+    torch.save([state], "list.pth")
+    for name, says in [("code.pth", "code.pth: is no checkpoint, or holds Python objects"), ("cut.pth", "cut.pth: cannot be read"),
+                       ("numbers.pth", "numbers.pth: holds no state dict"), ("list.pth", "is it a SAN checkpoint"),
+                       ("none.pth", "none.pth: cannot be read .FileNotFoundError")]:
+        with pytest.raises(InputError, match=says) as error:
+            read_published(name)
+        assert "\n" not in str(error.value)
+    assert not Path("ran").exists()
 
 
 def test_mask_head_is_a_dot_product_of_mlps():
