@@ -22,10 +22,11 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 import torch.nn.functional as F
 
-from data import InputError, World, run_cli
 from eval import parse_flags
+from images import InputError, run_cli
 from pat import PAT, build
 from train import gradients, recipe
+from world import World
 
 
 def timed(function, name, spent):

@@ -43,10 +43,12 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from clip import VLM, open_model
-from data import Folder, InputError, World, palette, parse_names, read_image, resize_short, run_cli, to_tensor, to_unit
+from data import Folder
+from images import InputError, palette, parse_names, read_image, resize_short, run_cli, to_tensor, to_unit
 from losses import VGG, load_lpips
 from pat import load_run
 from vq import codebook_health
+from world import World
 
 UNNAMED = -1
 BAND = 2**25                                                  # floats held per band of rows: 128 MiB whatever the image

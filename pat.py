@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
-from data import InputError
+from images import InputError
 from decoder import Decoder, Up, log2
 from hsattn import Attn, HSAttn
 from san import MLP, SAN, SANConfig, trainable

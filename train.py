@@ -38,12 +38,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clip import pretrain
-from data import Folder, InputError, World, rng_for, run_cli, to_unit
+from data import Folder
 from eval import format_table, parse_flags, sample_sheet, score_table, write_files, write_scores
+from images import InputError, rng_for, run_cli, to_unit
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
 from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state
 from san import trainable
 from vq import codebook_health, restart_dead_codes
+from world import World
 
 
 @dataclass

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
 import eval as E
-from data import InputError, palette, to_tensor, to_unit
+from images import InputError, palette, to_tensor, to_unit
 from vq import Tokens
 
 # --- both mIoU rules, by hand ---------------------------------------------------------------------------------------

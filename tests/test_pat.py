@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from data import InputError
+from images import InputError
 from pat import PYRAMID, STAGES, TokenMixer, build, fingerprint, load_run, load_weights, preset, trained_state
 from san import trainable
 from train import recipe, save_checkpoint

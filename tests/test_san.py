@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import clip
 import san
-from data import MEAN, STD
+from images import MEAN, STD
 from pat import preset
 from san import MLP, SAN, MaskHead, SANConfig, from_published, our_key, trainable
 

@@ -13,9 +13,10 @@ import torch.multiprocessing as mp
 
 import losses
 import train
-from data import InputError, World
+from images import InputError
 from pat import build, load_run
 from train import Stream, gradients, learning_rate, parameter_groups, parse, recipe, restart
+from world import World
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(batch=4, points=64, crf_samples=64, width=48, hs_heads=4, decoder_width=32, spade_hidden=16, head_width=32,
