@@ -22,8 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 import torch.nn.functional as F
 
-from eval import parse_flags
-from images import InputError, run_cli
+from images import InputError, parse_flags, run_cli
 from pat import PAT, build
 from train import gradients, recipe
 from world import World

@@ -6,6 +6,7 @@
 
 Nothing is read half: a label file holds whole, unaltered class ids or is refused, and whatever cannot be used ends in an
 `InputError`, one line that says which file, what is wrong and what to do.  Class i has one colour in every picture.
+Nothing is written half either: `write_files` replaces files only when all of them stand whole beside their places.
 
 Every draw is keyed: `rng_for(seed, word, n)` is the same generator for the same key, whoever asks for it and on however
 many processes.  So there is no sampler and no shuffling state to save: the step number says it all.
@@ -16,8 +17,11 @@ Tests: tests/test_images.py.  Read next: world.py.
 """
 
 import colorsys
+import difflib
+import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,6 +48,47 @@ def run_cli(main):
         # A DataLoader worker hands its error over as a whole traceback whose last line is ours.
         print("error: " + str(error).rstrip().splitlines()[-1].split("InputError: ")[-1], file=sys.stderr)
         sys.exit(2)
+
+
+def parse_flags(parser, argv=None):
+    """parser.parse_args that raises InputError, one line, and names the closest flag to an unknown one.
+
+    Build `parser` with `allow_abbrev=False`, or argparse takes a shortened flag for the full one.
+    """
+    def fail(message):
+        raise InputError(f"{message}; see --help")
+
+    parser.error = fail
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+        close = difflib.get_close_matches(flag, known, 1, cutoff=0.4)
+        raise InputError(f"unknown argument {flag}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
+    return args
+
+
+def write_files(files):
+    """Write {path: str, PIL image or (H,W,3) uint8}: under temporary names first, so that a failure changes nothing.
+
+    Raises InputError, one line, when a place cannot be written or its ending names no picture format.
+    """
+    files, done = {Path(path): content for path, content in files.items()}, {}
+    try:
+        for path, content in files.items():
+            done[path] = path.with_name(f".{os.getpid()}.{path.name}")
+            if isinstance(content, str):
+                done[path].write_text(content, encoding="utf-8")
+            else:
+                content = Image.fromarray(content) if isinstance(content, np.ndarray) else content
+                content.save(done[path])
+        for path, temporary in done.items():
+            os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written ({error})") from error
+    finally:
+        for temporary in done.values():
+            temporary.unlink(missing_ok=True)
 
 
 def parse_names(given, where="--labels", item="name"):

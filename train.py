@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from clip import pretrain
 from data import Folder
-from eval import format_table, parse_flags, sample_sheet, score_table, write_files, write_scores
-from images import InputError, rng_for, run_cli, to_unit
+from eval import format_table, sample_sheet, score_table, write_scores
+from images import InputError, parse_flags, rng_for, run_cli, to_unit, write_files
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
 from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state
 from san import trainable

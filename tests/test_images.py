@@ -12,7 +12,7 @@ from PIL import Image
 
 import images
 from images import (IGNORE, InputError, augment, colour_label, jitter, palette, parse_names, read_image, read_label,
-                    resize_short, rng_for, run_cli, shift_hsv, to_tensor, to_unit)
+                    resize_short, rng_for, run_cli, shift_hsv, to_tensor, to_unit, write_files)
 
 
 # ---- names, colours, tensors ----
@@ -326,3 +326,11 @@ def test_an_input_error_ends_the_program_with_one_line_and_status_2(capsys):
         run_cli(main)
     assert caught.value.code == 2 and capsys.readouterr().err == "error: x.png: is gone\n"
     run_cli(lambda: None)                                           # and nothing happens when nothing is wrong
+
+
+def test_a_failed_write_leaves_the_old_files(tmp_path):
+    """The second place cannot be written, so the first keeps what it held, and no temporary file stays."""
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_files({tmp_path / "a.txt": "new", tmp_path / "gone/b.txt": "new"})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
