@@ -18,6 +18,7 @@ Tests: tests/test_images.py.  Read next: world.py.
 
 import colorsys
 import difflib
+import hashlib
 import os
 import sys
 from contextlib import contextmanager
@@ -107,6 +108,12 @@ def parse_names(given, where="--labels", item="name"):
     return names
 
 
+def checksum(names, raw=None):
+    """16 hex digits of a list of names and what label files hold for each (`raw`, default 0, 1, ...), order included."""
+    lines = (f"{value}\t{name}\n" for value, name in zip(range(len(names)) if raw is None else raw, names, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
 def palette(n):
     """Colours (n,3) uint8 of classes 0..n-1: class i has the same colour in every picture, whatever n is."""
     rows = [colorsys.hsv_to_rgb(0.618034 * i % 1,                 # golden ratio: neighbours in i are far apart in hue
@@ -139,10 +146,13 @@ def to_unit(tensor):
 
 @contextmanager
 def opened(path):
-    """The PIL image at `path`; inside this block, whatever PIL says about the file becomes an InputError."""
+    """The PIL image at `path`; inside this block, whatever PIL says about the file becomes an InputError.
+
+    `path`: str, Path, or anything else with an open(mode) that prints as its place, such as a file inside an archive.
+    """
     try:
         # Through a stream: Pillow (13.0) maps a TIFF that it is given by name, and scrambles it if it is to be rotated.
-        with open(path, "rb") as stream, Image.open(stream) as file:
+        with (Path(path) if isinstance(path, str) else path).open("rb") as stream, Image.open(stream) as file:
             yield file
     except InputError:
         raise
