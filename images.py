@@ -4,9 +4,9 @@
     a photo -> read_image -> resize_short -> to_tensor -> (3,h,w) float32, as CLIP wants it
     augment: a 480x640 pair -> short side 320, 384, ..., 960 -> 640x640 window -> colour jitter -> flip -> padding
 
-Nothing is read half: a label file holds whole, unaltered class ids or is refused, and whatever cannot be used ends in an
-`InputError`, one line that says which file, what is wrong and what to do.  Class i has one colour in every picture.
-Nothing is written half either: `write_files` replaces files only when all of them stand whole beside their places.
+Nothing is read half: a label file holds whole, unaltered class ids or is refused, and what cannot be used ends in an
+`InputError`, one line that says which file, what is wrong and what to do.  Nothing is written half either: `write_files`
+replaces files only when all of them stand whole beside their places.  Class i has one colour in every picture.
 
 Every draw is keyed: `rng_for(seed, word, n)` is the same generator for the same key, whoever asks for it and on however
 many processes.  So there is no sampler and no shuffling state to save: the step number says it all.
@@ -109,7 +109,7 @@ def parse_names(given, where="--labels", item="name"):
 
 
 def checksum(names, raw=None):
-    """16 hex digits of a list of names and what label files hold for each (`raw`, default 0, 1, ...), order included."""
+    """16 hex digits of a list of names and of what label files hold for each (`raw`, default 0, 1, ...), in order."""
     lines = (f"{value}\t{name}\n" for value, name in zip(range(len(names)) if raw is None else raw, names, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 

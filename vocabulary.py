@@ -5,7 +5,7 @@ synonyms, and labels of one order scored with the names of another give near zer
 project, `vocab/NAME.csv`, one class a line:
 
     id     0..L-1, the class id everywhere in this project
-    raw    what the published label files hold there, see published.py for how it is stored
+    raw    what the published label files hold there, see published.py for how
     name   the whole string that goes into a prompt, commas and synonyms included
 
     coco-stuff 171, the training names    voc20 20    pc59 59    pc459 459    ade150 150    ade847 847
@@ -13,10 +13,10 @@ project, `vocab/NAME.csv`, one class a line:
 The lists are SAN's, whose scores the paper compares with, odd spellings included (`casette recorder`).  Every list has
 a checksum; a score file records it, so two scores can be compared only if they may be.
 
-Open vocabulary: `overlap` parts a list into names that are, letter by letter, a training name too ("seen") and the rest.
+Open vocabulary: `overlap` parts a list into names that are, letter by letter, a training name ("seen") and the rest.
 # ours: the strictest of the rules in use.  "aeroplane" counts as unseen although "airplane" is a training name.
 
-Demo: `python vocabulary.py` prints the six.  Tests: tests/test_vocabulary.py.  Read next: published.py.
+Demo: `python vocabulary.py` prints the six.  Tests: tests/test_vocabulary.py.  Read next: archives.py.
 """
 
 import csv
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from images import IGNORE, InputError, checksum, run_cli
+from images import IGNORE, InputError, checksum, parse_names, run_cli
 
 FOLDER = Path(__file__).parent / "vocab"
 DATASETS = ("coco-stuff", "voc20", "pc59", "pc459", "ade150", "ade847")
@@ -50,6 +50,24 @@ class Vocabulary:
         table[list(void)] = IGNORE
         table[list(self.raw)] = np.arange(len(self.raw))
         return table
+
+    def same_order(self, given, where):
+        """Raises InputError unless the list `given` can name these classes: as many, none of ours out of place."""
+        if len(given) != len(self.names):
+            raise InputError(f"{where}: has {len(given)} names, but these labels have {len(self.names)} classes")
+        for k, name in enumerate(given):
+            if name in self.names and name != self.names[k]:
+                raise InputError(f"{where}: class {k} is {name!r}, which is class {self.names.index(name)} of these "
+                                 "labels; bring both into the order of this project's table in vocab/")
+
+
+def read_classes(path):
+    """Class names of a classes.txt: line k names class k - 1.  InputError if missing, not text, blank or doubled."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); write one name per line, in order of ids") from error
+    return parse_names(lines, where=path, item="line")
 
 
 def load_vocabulary(name):

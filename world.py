@@ -11,7 +11,7 @@ only in test scenes.  Every colour and every shape is among the seen, so "unseen
 
 # ours: the whole world is our invention; the paper trains on COCO-Stuff.
 
-Demo: `python world.py` draws a contact sheet, world.png.  Tests: tests/test_world.py.  Read next: data.py.
+Demo: `python world.py` draws a contact sheet, world.png.  Tests: tests/test_world.py.  Read next: vocabulary.py.
 """
 
 import time
