@@ -221,18 +221,19 @@ def label_sheet(dataset, count=8, width=320):
     for i in np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)):
         image, label = dataset.read(i)
         pixels += np.bincount(label[label != IGNORE], minlength=len(pixels))
-        pair = Image.fromarray(np.hstack([image, colour_label(label)]))
-        rows.append(pair.resize((2 * width, max(1, round(width * image.shape[0] / image.shape[1]))), Image.NEAREST))
+        size = width, max(1, round(width * image.shape[0] / image.shape[1]))
+        halves = (Image.fromarray(image).resize(size), Image.fromarray(colour_label(label)).resize(size, Image.NEAREST))
+        rows.append(Image.fromarray(np.hstack(halves)))
     seen = [int(k) for k in np.argsort(-pixels, kind="stable") if pixels[k]]
     columns = 4 * width // 250
     lines = -(-(len(seen) + 1) // columns)
-    halves = rows[:-(-len(rows) // 2)], rows[-(-len(rows) // 2):]
-    height = max(sum(row.height + 4 for row in half) for half in halves)
+    sides = rows[:-(-len(rows) // 2)], rows[-(-len(rows) // 2):]
+    height = max(sum(row.height + 4 for row in side) for side in sides)
     sheet = Image.new("RGB", (4 * width + 8, height + 20 * lines + 8), "white")
     draw = ImageDraw.Draw(sheet)
-    for x, half in zip((0, 2 * width + 8), halves):
+    for x, side in zip((0, 2 * width + 8), sides):
         y = 0
-        for row in half:
+        for row in side:
             sheet.paste(row, (x, y))
             y += row.height + 4
     legend = [(tuple(palette(k + 1)[k].tolist()), f"{k} {dataset.names[k]}"[:32]) for k in seen] + [((0, 0, 0), "void")]

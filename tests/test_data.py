@@ -1,13 +1,21 @@
-"""What data.py promises: a folder of your own is read whole or refused in one line, and its stream is keyed."""
+"""What data.py promises: datasets are read whole or refused in one line, their streams are keyed, check tells all."""
+
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from data import Folder
-from images import IGNORE, InputError
+import data
+from data import Folder, label_sheet, open_dataset
+from images import IGNORE, InputError, checksum, palette
 from test_images import noise
+from test_published import NAMES, STEMS, WANTED, merged, packed
+from vocabulary import load_vocabulary
 
 
 # ---- folders ----
@@ -30,6 +38,7 @@ def test_a_folder_reads_its_pairs_in_order_of_their_names(root):
     (root / "images" / ".DS_Store").write_text("clutter")
     folder = Folder(root, short_side=12)
     assert folder.names == ("sky", "tree", "road") and folder.groups == {} and len(folder) == 3
+    assert folder.checksum == checksum(("sky", "tree", "road")) and folder.route == "a folder with classes.txt"
     assert [s["name"] for s in folder] == ["a", "b", "c.1"]
     sample = folder[0]
     assert sample["image"].shape == (3, 16, 12) and sample["image"].dtype == torch.float32
@@ -122,3 +131,135 @@ def test_an_id_without_a_name_is_refused_when_read(root):
     folder[0]
     with pytest.raises(InputError, match=r"b.png: has class id 200, but the 3 names are ids 0 to 2; .*ignore value"):
         folder[1]
+
+
+# ---- published datasets ----
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_dataset_has_the_face_of_a_folder(tmp_path, name):
+    """Names, checksum and groups of its vocabulary; test pairs at 12 x 18; training pairs of 8 x 8."""
+    dataset, vocabulary = open_dataset(name, packed(tmp_path, name), crop=8, short_side=12), load_vocabulary(name)
+    assert dataset.names == dataset.train_names == vocabulary.names and dataset.checksum == vocabulary.checksum
+    assert sum(map(len, dataset.groups.values())) == len(dataset.names) and dataset.crop == 8 and len(dataset) == 2
+    sample = dataset[1]
+    assert sample["image"].shape == (3, 12, 18) and sample["original"].shape == (2, 3, 3)
+    assert sample["name"] == STEMS[name][1] and sample["label"].tolist() == WANTED[name][::-1]
+    image, label = dataset.draw(5, 0)
+    assert image.shape == (3, 8, 8) and label.shape == (8, 8) and label.dtype == torch.int64
+    assert set(label.unique().tolist()) <= {IGNORE, *np.unique(WANTED[name]).tolist()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_worker_processes_read_archives_as_one_process_does(tmp_path, name):
+    """Two workers, and a copy that travelled by pickle, give the samples of this process, in order."""
+    dataset = open_dataset(name, packed(tmp_path, name), crop=8, short_side=12)
+    alone = [dataset[i] for i in range(2)]
+    copy = pickle.loads(pickle.dumps(dataset))
+    for there in ([copy[i] for i in range(2)], list(DataLoader(dataset, None, num_workers=2))):
+        assert [s["name"] for s in there] == list(STEMS[name])
+        assert all(torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+                   for a, b in zip(alone, there))
+
+
+def test_other_names_replace_the_published_ones_class_by_class(tmp_path):
+    """"tvmonitor" for "tv", as other lists have it: another checksum, other groups; labels stay what they are."""
+    names = load_vocabulary("voc20").names
+    assert names[19] == "tv"
+    dataset = open_dataset("voc20", packed(tmp_path, "voc20"), names=[*names[:19], "tvmonitor"])
+    assert dataset.names[19] == "tvmonitor" and 19 in dataset.groups["unseen"]
+    assert dataset.checksum == checksum(dataset.names, range(1, 21)) != load_vocabulary("voc20").checksum
+    with pytest.raises(InputError, match="--names: has 19 names, but these labels have 20 classes"):
+        open_dataset("voc20", tmp_path, names=names[:19])
+    with pytest.raises(InputError, match="--names: class 0 is 'bicycle', which is class 1 of these labels"):
+        open_dataset("voc20", tmp_path, names=(names[1], names[0], *names[2:]))
+
+
+def test_a_label_of_another_size_is_refused(tmp_path):
+    """Both files are named; here the label is 4 wide and 2 high."""
+    dataset = open_dataset("ade150", packed(tmp_path, "ade150", [[1, 2, 3, 4]] * 2))
+    with pytest.raises(InputError, match=r"validation/ADE_val_00000001.png: is 4x2, but .*00000001.jpg is 3x2"):
+        dataset[0]
+
+
+# ---- check and show ----
+def run(*arguments, cwd=None):
+    return subprocess.run([sys.executable, data.__file__, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+def test_check_tells_what_is_there_and_what_is_missing(tmp_path, capsys):
+    """Six sets in archives, PC-59 by its masks, no COCO train: counts, ids, void, places, routes, where to get it."""
+    for name in NAMES:
+        packed(tmp_path, name)
+    data.check(merged(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "coco-stuff train: not there; it needs train2017.zip (images.cocodataset.org/zips)"
+    # six pixels twice: ids 0, 170 and 11 once each; three of six are void
+    assert lines[1] == "coco-stuff val: 2 of 5,000 images; 2 labels read: 3 of 171 ids from 0 to 170, void 50.0%"
+    assert lines[2] == "    val2017.zip + stuffthingmaps_trainval2017.zip (stuffthingmaps), names 2dbb74408f35141f"
+    assert "pc59 val: 2 of 5,104 images; 2 labels read: 4 of 59 ids from 0 to 58, void 41.7%" in lines     # 5 of 12
+    assert "    VOCtrainval_03-May-2010.tar + trainval_merged.json (route A, trainval_merged.json), names " \
+           "7c52724d4e9d646f" in lines
+    assert "ade847 val: 2 of 2,000 images; 2 labels read: 4 of 847 ids from 0 to 846, void 33.3%" in lines
+    assert len(lines) == 13
+
+
+def test_check_of_the_first_labels_only(tmp_path, capsys):
+    """--images 1 reads one label of each set, and says so."""
+    data.main(["check", str(packed(tmp_path, "voc20")), "--images", "1"])
+    assert "voc20 val: 2 of 1,449 images; 1 labels read: 4 of 20 ids from 0 to 19, void 33.3%" in capsys.readouterr().out
+
+
+def test_check_goes_on_after_a_broken_set_and_ends_with_status_2(tmp_path):
+    """The line of the broken set says what to do; the others are still told."""
+    packed(tmp_path, "voc20")
+    packed(tmp_path, "ade150", [[200, 0, 0]] * 2)
+    done = run("check", tmp_path)
+    assert done.returncode == 2 and "1 of the datasets above cannot be used" in done.stderr.splitlines()[-1]
+    assert "ade150 val: UNUSABLE\n" in done.stdout and "holds the value 200" in done.stdout
+    assert "voc20 val: 2 of 1,449 images" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_check_of_a_folder_of_your_own(root, capsys):
+    data.main(["check", str(root)])
+    assert capsys.readouterr().out.startswith("folder: 3 images; 3 labels read: 3 of 3 ids from 0 to 2, void 2.1%\n")
+
+
+def test_show_draws_images_beside_their_labels_with_a_legend(tmp_path):
+    """Half red, half green image of 200x100, its label sky above tree: the colours of class 0 and 1 beside it."""
+    for sub in ("images", "labels"):
+        (tmp_path / sub).mkdir()
+    picture, label = np.zeros((100, 200, 3), np.uint8), np.zeros((100, 200), np.uint8)
+    picture[:, :100], picture[:, 100:], label[50:], label[:, 190:] = (255, 0, 0), (0, 255, 0), 1, 255
+    Image.fromarray(picture).save(tmp_path / "images" / "a.png")
+    Image.fromarray(label).save(tmp_path / "labels" / "a.png")
+    (tmp_path / "classes.txt").write_text("sky\ntree\nroad\n")
+    sheet = np.array(label_sheet(Folder(tmp_path), width=320))
+    assert sheet.shape[1] == 4 * 320 + 8
+    for (x, y), colour in {(80, 80): (255, 0, 0), (240, 80): (0, 255, 0), (400, 20): palette(2)[0],
+                           (400, 140): palette(2)[1], (635, 80): (0, 0, 0)}.items():
+        assert (sheet[y, x] == colour).all(), (x, y)
+    swatches = [tuple(sheet[171, 11 + 250 * k]) for k in range(4)]                # sky and tree were seen, road was not
+    assert swatches == [tuple(palette(2)[0]), tuple(palette(2)[1]), (0, 0, 0), (255, 255, 255)]
+
+
+def test_show_writes_the_sheet_of_a_published_set(tmp_path):
+    """NAME.png, or --out; the line says how many images, the route and the checksum of the names."""
+    packed(tmp_path, "pc459")
+    done = run("show", tmp_path, "pc459", cwd=tmp_path)
+    assert done.stdout == "pc459.png: 2 of 2 images, LabelMap of the .mat files, names 459be945e89c4612\n", done.stderr
+    assert Image.open(tmp_path / "pc459.png").size[0] == 1288
+    names = load_vocabulary("pc459").names
+    (tmp_path / "names.txt").write_text("\n".join((*names[:-1], "woollen things")))
+    done = run("show", tmp_path, "pc459", "--out", tmp_path / "b.png", "--names", tmp_path / "names.txt")
+    assert done.returncode == 0 and "459be945e89c4612" not in done.stdout and (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "usage: python data.py check DIR"), (["check"], "usage:"), (["show", "."], "say which, coco-stuff"),
+    (["show", ".", "ade"], "no dataset 'ade'"), (["check", "gone"], "gone: no such folder"),
+    (["check", ".", "--images", "0"], "--images 0: at least 1"), (["paint", "."], "invalid choice"),
+    (["show", ".", "pc59"], "Pascal Context 59 val is not there")])
+def test_a_wrong_command_is_one_line(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words) as caught:
+        data.main(arguments)
+    assert "\n" not in str(caught.value)

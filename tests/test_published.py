@@ -80,8 +80,9 @@ def archives(name, raw=None):
     both = ((one, raw, 1), (two, raw[::-1], 2))
     if name == "coco-stuff":
         return {"val2017.zip": {f"val2017/{stem}.jpg": picture(k) for stem, _, k in both},
-                "stuffthingmaps_trainval2017.zip": {f"val2017/{stem}.png": encoded(label.astype(grey))
-                                                    for stem, label, _ in both}}
+                "stuffthingmaps_trainval2017.zip": {
+                    "train2017/000000000009.png": encoded(raw.astype(grey)),
+                    **{f"val2017/{stem}.png": encoded(label.astype(grey)) for stem, label, _ in both}}}
     if name == "voc20":
         return {"VOCtrainval_11-May-2012.tar": {
                     "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt": f"{one}\n{two}\n".encode(),
