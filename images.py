@@ -135,8 +135,12 @@ def rng_for(*key):
 # ---- files to arrays, arrays to tensors ----
 def to_tensor(image):
     """Image (H,W,3) uint8 RGB -> (3,H,W) float32 as CLIP wants it: (value / 255 - MEAN) / STD, about -1.8..2.2."""
-    unit = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255                         # (3,H,W)
-    return (unit - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    levels = torch.arange(256) / 255                              # a byte has 256 values: the arithmetic once for each
+    table = (levels - torch.tensor(MEAN)[:, None]) / torch.tensor(STD)[:, None]                     # (3,256)
+    tensor = np.empty((3, *image.shape[:2]), np.float32)
+    for channel, values, bytes in zip(tensor, table.numpy(), np.moveaxis(image, 2, 0)):
+        np.take(values, bytes, out=channel, mode="clip")          # the mode without a temporary copy
+    return torch.from_numpy(tensor)
 
 
 def to_unit(tensor):
@@ -200,43 +204,48 @@ def read_label(path):
 
 
 # ---- resizing, and SAN's training augmentation ----
-def resize_short(image, short, long, nearest=False):
-    """Image (H,W,3) uint8 or label (H,W) int64, resized to short side `short` unless its long side would pass `long`.
-
-    Bilinear for an image; `nearest=True` for a label, whose ids must not mix.  Sizes are rounded half up.
-    """
+def resize_short(image, short, long):
+    """Image (H,W,3) uint8, bilinear to short side `short` unless its long side would pass `long`; rounded half up."""
     h, w = image.shape[:2]
     scale = min(short / min(h, w), long / max(h, w))
     size = max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))                     # PIL wants (W, H)
-    if nearest:
-        # differs: SAN's labels go through torch's "nearest", which samples the corner of a pixel and so shifts them by
-        # up to half a pixel against the image; PIL samples its centre.  Effect on the score: not measured.
-        return np.array(Image.fromarray(image.astype(np.int32)).resize(size, Image.NEAREST)).astype(np.int64)
     return np.array(Image.fromarray(image).resize(size, Image.BILINEAR))
+
+
+def nearest(old, new):
+    """Which of `old` pixels in a row each of `new` shows: the one under its centre.  -> (new,) int64"""
+    # differs: SAN's labels go through torch's "nearest", which samples the corner of a pixel and so shifts them by up to
+    # half a pixel against the image; PIL samples its centre, in steps added up like these, and this equals it exactly.
+    step = old / new
+    return np.cumsum([step / 2] + [step] * (new - 1)).astype(np.int64)
 
 
 def shift_hsv(image, gain=1.0, turn=0):
     """RGB (H,W,3) uint8 with its saturation times `gain` and its hue turned by `turn` (OpenCV's unit: two degrees)."""
     # differs: PIL's 8-bit HSV in place of OpenCV's, to need no OpenCV: 1 level of 255 on average, at most 14, on noise.
     h, s, v = Image.fromarray(image).convert("HSV").split()
-    h = (np.asarray(h, np.int64) + round(turn * 255 / 180)) % 255                         # PIL's full circle is 255
-    s = (np.asarray(s) * gain).clip(0, 255)
-    return np.array(Image.merge("HSV", [Image.fromarray(x.astype(np.uint8)) for x in (h, s)] + [v]).convert("RGB"))
+    levels = np.arange(256)
+    h = h.point(((levels + round(turn * 255 / 180)) % 255).tolist())                      # PIL's full circle is 255
+    s = s.point((levels * gain).clip(0, 255).astype(np.uint8).tolist())
+    return np.array(Image.merge("HSV", (h, s, v)).convert("RGB"))
 
 
 def jitter(image, rng):
     """SSD's colour jitter of (H,W,3) uint8: four changes, each with probability 1/2, the contrast early or last."""
     bright, contrast, early, saturate, turn = rng.random(5) < 0.5
     shift, factor, gain, hue = rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2), int(rng.integers(-18, 19))
+    levels = same = np.arange(256, dtype=np.uint8)                # what becomes of each of a byte's values
+    harder = (levels * factor).clip(0, 255).astype(np.uint8)
     if bright:
-        image = (image + shift).clip(0, 255).astype(np.uint8)
+        levels = (levels + shift).clip(0, 255).astype(np.uint8)
     if contrast and early:
-        image = (image * factor).clip(0, 255).astype(np.uint8)
+        levels = harder[levels]
     if saturate or turn:                                          # neighbours in both orders, so one trip to HSV
-        image = shift_hsv(image, gain if saturate else 1.0, hue if turn else 0)
+        image = shift_hsv(levels.take(image), gain if saturate else 1.0, hue if turn else 0)
+        levels = same
     if contrast and not early:
-        image = (image * factor).clip(0, 255).astype(np.uint8)
-    return image
+        levels = harder[levels]
+    return image if levels is same else levels.take(image)
 
 
 def augment(image, label, rng, crop, long=2560):
@@ -244,11 +253,11 @@ def augment(image, label, rng, crop, long=2560):
 
     Resize (short side 0.5..1.5 times the crop, long side at most `long`), random window, colour jitter, flip, pad.
     """
-    short = crop * int(rng.integers(5, 16)) // 10                 # 320, 384, ..., 960 for a crop of 640
-    image, label = resize_short(image, short, long), resize_short(label, short, long, nearest=True)
-    y, x = (int(rng.integers(max(size - crop, 0) + 1)) for size in label.shape)
-    image, label = image[y:y + crop, x:x + crop], label[y:y + crop, x:x + crop]
-    image = jitter(image, rng)
+    image = resize_short(image, crop * int(rng.integers(5, 16)) // 10, long)    # 320, 384, ..., 960 for a crop of 640
+    y, x = (int(rng.integers(max(size - crop, 0) + 1)) for size in image.shape[:2])
+    rows, columns = (nearest(old, new) for old, new in zip(label.shape, image.shape))
+    label = label[rows[y:y + crop, None], columns[x:x + crop]]    # of the label, only the window is ever made
+    image = jitter(image[y:y + crop, x:x + crop], rng)
     if rng.random() < 0.5:
         image, label = image[:, ::-1], label[:, ::-1]
     below, right = crop - label.shape[0], crop - label.shape[1]

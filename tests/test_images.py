@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import images
-from images import (IGNORE, InputError, augment, colour_label, jitter, palette, parse_names, read_image, read_label,
-                    resize_short, rng_for, run_cli, shift_hsv, to_tensor, to_unit, write_files)
+from images import (IGNORE, InputError, augment, colour_label, jitter, nearest, palette, parse_names, read_image,
+                    read_label, resize_short, rng_for, run_cli, shift_hsv, to_tensor, to_unit, write_files)
 
 
 # ---- names, colours, tensors ----
@@ -184,14 +184,75 @@ def test_a_label_that_is_no_index_map_is_refused(tmp_path, kind, why):
 def test_the_short_side_becomes_640_unless_the_long_one_passes_2560(h, w, want):
     """480x640: 640 * 640/480 = 853.33 -> 853.  481x640: 851.56 -> 852.  100x1000 would be 6400 long."""
     assert resize_short(np.zeros((h, w, 3), np.uint8), 640, 2560).shape == (*want, 3)
-    assert resize_short(np.zeros((h, w), np.int64), 640, 2560, nearest=True).shape == want
+
+
+def test_nearest_takes_the_pixel_under_the_centre():
+    """2 -> 5: centres .2, .6, 1.0, 1.4, 1.8 lie in pixels 0 0 1 1 1; 5 -> 2: 1.25 and 3.75 in 1 and 3."""
+    assert nearest(2, 5).tolist() == [0, 0, 1, 1, 1] and nearest(5, 2).tolist() == [1, 3]
+    assert nearest(4, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_nearest_is_pils():
+    """The same pixel for every pair of sizes, borders between two pixels included, along rows and along columns."""
+    rng = np.random.default_rng(0)
+    pairs = [(old, new) for old in (*range(1, 12), 427, 480, 640, 1001) for new in (1, 2, 7, 320, 853, 960, 1280)]
+    for old, new in pairs + rng.integers(1, 2000, (100, 2)).tolist():
+        row = Image.fromarray(np.arange(old, dtype=np.int32)[None])
+        assert np.array(row.resize((new, 1), Image.NEAREST))[0].tolist() == nearest(old, new).tolist(), (old, new)
+        column = row.transpose(Image.TRANSPOSE)
+        assert np.array(column.resize((1, new), Image.NEAREST))[:, 0].tolist() == nearest(old, new).tolist()
 
 
 def test_a_resized_label_holds_no_new_ids():
-    """Nearest, so 0 beside 900 never gives 450, and IGNORE stays IGNORE."""
-    label = resize_short(np.array([[0, 900], [IGNORE, 900]]), 5, 100, nearest=True)
+    """Nearest, so 0 beside 900 never gives 450, and IGNORE stays IGNORE.  2x2 to 5x5, all of it inside the window."""
+    given = np.array([[0, 900], [IGNORE, 900]])
+    image, label = augment(np.zeros((2, 2, 3), np.uint8), given, Dice([0.9], [10, 0, 0, 0]), 5)
     assert label.dtype == np.int64 and set(np.unique(label)) == {IGNORE, 0, 900}
     assert label[0, 0] == 0 and label[4, 0] == IGNORE and label[0, 4] == 900
+
+
+def plain_augment(image, label, rng, crop):
+    """`augment` without short cuts: everything resized whole by PIL, then cut; the jitter's arithmetic on every pixel."""
+    h, w = label.shape
+    scale = crop * int(rng.integers(5, 16)) // 10 / min(h, w)
+    size = int(w * scale + 0.5), int(h * scale + 0.5)
+    image = np.array(Image.fromarray(image).resize(size, Image.BILINEAR)).astype(float)
+    label = np.array(Image.fromarray(label.astype(np.int32)).resize(size, Image.NEAREST))
+    y, x = (int(rng.integers(max(side - crop, 0) + 1)) for side in label.shape)
+    image, label = image[y:y + crop, x:x + crop], label[y:y + crop, x:x + crop]
+    bright, contrast, early, saturate, turn = rng.random(5) < 0.5
+    shift, factor, gain, hue = rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2), int(rng.integers(-18, 19))
+    image = np.floor((image + shift * bright).clip(0, 255))
+    image = np.floor((image * factor).clip(0, 255)) if contrast and early else image
+    if saturate or turn:
+        hsv = np.array(Image.fromarray(image.astype(np.uint8)).convert("HSV")).astype(float)
+        hsv[..., 0] = (hsv[..., 0] + round(hue * turn * 255 / 180)) % 255
+        hsv[..., 1] = np.floor((hsv[..., 1] * (gain if saturate else 1)).clip(0, 255))
+        bands = [Image.fromarray(band) for band in np.moveaxis(hsv.astype(np.uint8), 2, 0)]
+        image = np.array(Image.merge("HSV", bands).convert("RGB")).astype(float)
+    image = np.floor((image * factor).clip(0, 255)) if contrast and not early else image
+    if rng.random() < 0.5:
+        image, label = image[:, ::-1], label[:, ::-1]
+    canvas, ids = np.full((crop, crop, 3), 128.0), np.full((crop, crop), IGNORE)
+    canvas[:image.shape[0], :image.shape[1]], ids[:label.shape[0], :label.shape[1]] = image, label
+    return canvas, ids
+
+
+def test_the_fast_way_is_the_plain_way():
+    """Tables of 256 values and windows of labels give the very pixels of the plain arithmetic, draw after draw."""
+    for n in range(60):
+        shape = rng_for(1, n).integers(20, 90, 2)
+        image, label = noise(*shape, seed=n), rng_for(2, n).integers(-1, 300, shape)
+        fast, plain = (f(image, label, rng_for(0, 3, n), 48) for f in (augment, plain_augment))
+        assert (fast[0] == plain[0]).all() and (fast[1] == plain[1]).all(), n
+
+
+def test_to_tensor_is_the_plain_arithmetic_bit_by_bit():
+    """(value / 255 - mean) / std in float32, for all 256 values of each channel; views are fine too."""
+    image = np.arange(256, dtype=np.uint8)[None, ::-1, None].repeat(3, 2)
+    plain = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+    plain = (plain - torch.tensor(images.MEAN).view(3, 1, 1)) / torch.tensor(images.STD).view(3, 1, 1)
+    assert torch.equal(to_tensor(image), plain)
 
 
 class Dice:
