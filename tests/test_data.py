@@ -181,10 +181,6 @@ def test_a_label_of_another_size_is_refused(tmp_path):
 
 
 # ---- check and show ----
-def run(*arguments, cwd=None):
-    return subprocess.run([sys.executable, data.__file__, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
-
-
 def test_check_tells_what_is_there_and_what_is_missing(tmp_path, capsys):
     """Six sets in archives, PC-59 by its masks, no COCO train: counts, ids, void, places, routes, where to get it."""
     for name in NAMES:
@@ -212,7 +208,7 @@ def test_check_goes_on_after_a_broken_set_and_ends_with_status_2(tmp_path):
     """The line of the broken set says what to do; the others are still told."""
     packed(tmp_path, "voc20")
     packed(tmp_path, "ade150", [[200, 0, 0]] * 2)
-    done = run("check", tmp_path)
+    done = subprocess.run([sys.executable, data.__file__, "check", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2 and "1 of the datasets above cannot be used" in done.stderr.splitlines()[-1]
     assert "ade150 val: UNUSABLE\n" in done.stdout and "holds the value 200" in done.stdout
     assert "voc20 val: 2 of 1,449 images" in done.stdout and "Traceback" not in done.stderr
@@ -241,16 +237,16 @@ def test_show_draws_images_beside_their_labels_with_a_legend(tmp_path):
     assert swatches == [tuple(palette(2)[0]), tuple(palette(2)[1]), (0, 0, 0), (255, 255, 255)]
 
 
-def test_show_writes_the_sheet_of_a_published_set(tmp_path):
+def test_show_writes_the_sheet_of_a_published_set(tmp_path, monkeypatch, capsys):
     """NAME.png, or --out; the line says how many images, the route and the checksum of the names."""
-    packed(tmp_path, "pc459")
-    done = run("show", tmp_path, "pc459", cwd=tmp_path)
-    assert done.stdout == "pc459.png: 2 of 2 images, LabelMap of the .mat files, names 459be945e89c4612\n", done.stderr
-    assert Image.open(tmp_path / "pc459.png").size[0] == 1288
+    monkeypatch.chdir(packed(tmp_path, "pc459"))
+    data.main(["show", ".", "pc459"])
+    assert capsys.readouterr().out == "pc459.png: 2 of 2 images, LabelMap of the .mat files, names 459be945e89c4612\n"
+    assert Image.open("pc459.png").size[0] == 1288
     names = load_vocabulary("pc459").names
     (tmp_path / "names.txt").write_text("\n".join((*names[:-1], "woollen things")))
-    done = run("show", tmp_path, "pc459", "--out", tmp_path / "b.png", "--names", tmp_path / "names.txt")
-    assert done.returncode == 0 and "459be945e89c4612" not in done.stdout and (tmp_path / "b.png").exists()
+    data.main(["show", ".", "pc459", "--out", "b.png", "--names", "names.txt"])
+    assert "459be945e89c4612" not in capsys.readouterr().out and (tmp_path / "b.png").exists()
 
 
 @pytest.mark.parametrize("arguments, words", [
