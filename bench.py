@@ -3,7 +3,7 @@
     python bench.py                 the world: images/s of PAT and SAN, training and inference, share of time per part
     python bench.py --preset coco   one 640x640 image, one training step and one inference of each, random CLIP weights
     python bench.py --preset coco-eva
-    python bench.py --loader        images/s that one data-loading process makes of 640x480 JPEGs; share of time per part
+    python bench.py --loader        images/s of one data-loading process, 640x480 JPEGs; share of time per part
     python bench.py --loader --data DIR    the same of COCO-Stuff's training images, or of a folder of yours
 
 Each row runs in a process of its own, so that its peak memory is its own; its first round is not counted, the median of
@@ -116,7 +116,7 @@ def photos(root, n=40):
 
 
 def loader(root, rounds, draws=40):
-    """Print images/s of one worker process at the coco preset, then the share of each part of a draw, in this process."""
+    """Print images/s of one worker at the coco preset, then the share of each part of a draw in this process."""
     config = recipe("coco", data=str(root), batch=1, steps=draws * (rounds + 1))
     dataset, seconds, spent = training_set(config), [], defaultdict(float)
     samples = iter(DataLoader(Stream(dataset, config, 0, 0, 1), 1, num_workers=1))

@@ -5,8 +5,8 @@
     augment: a 480x640 pair -> short side 320, 384, ..., 960 -> 640x640 window -> colour jitter -> flip -> padding
 
 Nothing is read half: a label file holds whole, unaltered class ids or is refused, and what cannot be used ends in an
-`InputError`, one line that says which file, what is wrong and what to do.  Nothing is written half either: `write_files`
-replaces files only when all of them stand whole beside their places.  Class i has one colour in every picture.
+`InputError`, one line that says which file, what is wrong and what to do.  Nothing is written half either:
+`write_files` replaces files only when all of them stand whole beside their places.  Class i has one colour everywhere.
 
 Every draw is keyed: `rng_for(seed, word, n)` is the same generator for the same key, whoever asks for it and on however
 many processes.  So there is no sampler and no shuffling state to save: the step number says it all.
@@ -214,8 +214,9 @@ def resize_short(image, short, long):
 
 def nearest(old, new):
     """Which of `old` pixels in a row each of `new` shows: the one under its centre.  -> (new,) int64"""
-    # differs: SAN's labels go through torch's "nearest", which samples the corner of a pixel and so shifts them by up to
-    # half a pixel against the image; PIL samples its centre, in steps added up like these, and this equals it exactly.
+    # differs: SAN's labels go through torch's "nearest", which samples the corner of a pixel and so shifts them by up
+    # to half a pixel against the image.  This is PIL's: the centre, found in steps that are added up, rounding and all.
+    # Effect on the score: not measured.
     step = old / new
     return np.cumsum([step / 2] + [step] * (new - 1)).astype(np.int64)
 

@@ -3,13 +3,13 @@
 Found by themselves under one folder DIR or in its folders one level down: the archives as downloaded, read without
 unpacking; the folders they unpack to; or the folders that detectron2's users convert them to, ids from 0 inside.
 
-    name        archives, read in place                                a label pixel holds      converted folder
-    coco-stuff  {train,val}2017.zip, stuffthingmaps_trainval2017.zip   0..181 (0 person), 255   stuffthingmaps_detectron2
-    voc20       VOCtrainval_11-May-2012.tar, SegmentationClassAug.zip  1..20, void 0 and 255    annotations_detectron2
-    pc59        VOCtrainval_03-May-2010.tar, trainval_merged.json      59 of the 459            pcontext
-    pc459       the same tar; trainval/*.mat, unpacked                 1..459, uint16           pcontext_full
-    ade150      ADEChallengeData2016.zip                               1..150, void 0           annotations_detectron2
-    ade847      the .zip that holds ADE20K_2021_17_01                  RGB: R // 10 * 256 + G   annotations_detectron2
+    name        archives, read in place                                a label pixel holds     converted folder
+    coco-stuff  {train,val}2017.zip, stuffthingmaps_trainval2017.zip   0..181 (0 person), 255  stuffthingmaps_detectron2
+    voc20       VOCtrainval_11-May-2012.tar, SegmentationClassAug.zip  1..20, void 0 and 255   annotations_detectron2
+    pc59        VOCtrainval_03-May-2010.tar, trainval_merged.json      59 of the 459           pcontext
+    pc459       the same tar; trainval/*.mat, unpacked                 1..459, uint16          pcontext_full
+    ade150      ADEChallengeData2016.zip                               1..150, void 0          annotations_detectron2
+    ade847      the .zip that holds ADE20K_2021_17_01                  RGB: R // 10 * 256 + G  annotations_detectron2
 
 Archives are read in place, see archives.py.  The one gzipped tar, trainval.tar.gz, has to be unpacked once; we say so.
 
@@ -216,7 +216,7 @@ COUNTS = {"coco-stuff": {"train": 118287, "val": 5000}, "voc20": {"val": 1449}, 
 VOC10, VOC12, VOC_AUG = "VOCtrainval_03-May-2010.tar", "VOCtrainval_11-May-2012.tar", "SegmentationClassAug.zip"
 MAPS, ADE, ADE_FULL = "stuffthingmaps_trainval2017.zip", "ADEChallengeData2016", "ADE20K_2021_17_01"
 ZIPS = ("train2017.zip", "val2017.zip", MAPS, VOC_AUG, f"{ADE}.zip")       # ADE_FULL's zip has a personal name
-MERGED = "trainval_merged.json", "VOCdevkit/VOC2010/trainval_merged.json"
+MERGED = "trainval_merged.json", "VOCdevkit/VOC2010/trainval_merged.json", "VOC2010/trainval_merged.json"
 IMAGES = (".jpg", ".jpeg", ".JPG")
 ORIGINS = {                            # of images, of labels: what to get, and where from
     "coco-stuff": ("{split}2017.zip (images.cocodataset.org/zips)",
@@ -239,6 +239,11 @@ def unpacked(*folders):
     return tuple((None, folder) for folder in folders)
 
 
+def devkit(archive, folder):
+    """Places of a folder of VOCdevkit: inside its tar, unpacked, and where DIR is VOCdevkit itself or a copy of it."""
+    return inside(archive, f"VOCdevkit/{folder}") + unpacked(folder)
+
+
 def forms(name, split):
     """The Forms of a dataset's split, the ones to prefer first: published before converted."""
     converted = "converted folder"
@@ -250,21 +255,18 @@ def forms(name, split):
         return (Form("stuffthingmaps", images, maps, (".png",), void=(*range(182), 255)),     # 11 of them never occur
                 Form(converted, images, unpacked(f"stuffthingmaps_detectron2/{full}"), (".png",)))
     if name == "voc20":
-        devkit, plain = "VOCdevkit/VOC2012", dict(suffix=(".png",), void=(0, 255), split="voc")
-        images = inside(VOC12, f"{devkit}/JPEGImages") + unpacked("VOC2012/JPEGImages")
-        augmented = inside(VOC_AUG, "SegmentationClassAug") + unpacked(f"{devkit}/SegmentationClassAug")
+        images, plain = devkit(VOC12, "VOC2012/JPEGImages"), dict(suffix=(".png",), void=(0, 255), split="voc")
+        augmented = inside(VOC_AUG, "SegmentationClassAug") + devkit(VOC_AUG, "VOC2012/SegmentationClassAug")
         return (Form("SegmentationClassAug", images, augmented, **plain),
-                Form("SegmentationClass", images, inside(VOC12, f"{devkit}/SegmentationClass"), **plain),
-                Form(converted, images, unpacked("VOC2012/annotations_detectron2/val",
-                                                 f"{devkit}/annotations_detectron2/val"), (".png",)))
+                Form("SegmentationClass", images, devkit(VOC12, "VOC2012/SegmentationClass"), **plain),
+                Form(converted, images, devkit(VOC12, "VOC2012/annotations_detectron2/val"), (".png",)))
     if name in ("pc59", "pc459"):
-        devkit = "VOCdevkit/VOC2010"
-        images = inside(VOC10, f"{devkit}/JPEGImages")
-        mats = dict(images=images, labels=inside("trainval.tar", "trainval") + unpacked(f"{devkit}/trainval"),
-                    suffix=(".mat",), read=read_mat, split="context")
+        images = devkit(VOC10, "VOC2010/JPEGImages")
+        mats = dict(images=images, suffix=(".mat",), read=read_mat, split="context",
+                    labels=inside("trainval.tar", "trainval") + devkit(VOC10, "VOC2010/trainval"))
         folder = {"pc59": "pcontext/val", "pc459": "pcontext_full/val"}[name]
         made = dict(images=unpacked(f"{folder}/image") + images,
-                    labels=unpacked(f"{folder}/label", f"{devkit}/annotations_detectron2/{name}_val"))
+                    labels=unpacked(f"{folder}/label") + devkit(VOC10, f"VOC2010/annotations_detectron2/{name}_val"))
         if name == "pc459":
             return (Form("LabelMap of the .mat files", void=(0,), **mats),
                     Form(converted, suffix=(".tif", ".tiff"), read=read_16_bit, **made))
@@ -314,8 +316,7 @@ def stems_of(shelf, form, images, labels):
     if form.split == "context":
         stems = [stem for stem in pascal_context_val() if stem in labels.files]
     if form.split == "voc":
-        lists = shelf.find(inside(VOC12, "VOCdevkit/VOC2012/ImageSets/Segmentation")
-                           + unpacked("VOC2012/ImageSets/Segmentation"), (".txt",))
+        lists = shelf.find(devkit(VOC12, "VOC2012/ImageSets/Segmentation"), (".txt",))
         if not lists or "val" not in lists.files:
             raise InputError(f"{images.place}: comes without ImageSets/Segmentation/val.txt; take it from {VOC12}")
         with lists.files["val"].open("rb") as file:

@@ -212,7 +212,7 @@ def test_a_resized_label_holds_no_new_ids():
 
 
 def plain_augment(image, label, rng, crop):
-    """`augment` without short cuts: everything resized whole by PIL, then cut; the jitter's arithmetic on every pixel."""
+    """`augment` without short cuts: everything resized whole by PIL, then cut; arithmetic on every pixel."""
     h, w = label.shape
     scale = crop * int(rng.integers(5, 16)) // 10 / min(h, w)
     size = int(w * scale + 0.5), int(h * scale + 0.5)

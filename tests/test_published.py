@@ -183,6 +183,15 @@ def test_published_labels_go_before_converted_ones(tmp_path, name, route):
     assert open_dataset(name, tmp_path).route == route
 
 
+@pytest.mark.parametrize("name", ["voc20", "pc459"])
+def test_the_folder_may_be_vocdevkit_itself(tmp_path, name):
+    """DIR/VOC2012 and DIR/VOC2010 stand for DIR/VOCdevkit/VOC2012 and so on."""
+    unpacked(tmp_path, name)
+    if name == "pc459":
+        (tmp_path / "trainval").rename(tmp_path / "VOCdevkit/VOC2010/trainval")
+    assert open_dataset(name, tmp_path / "VOCdevkit").read(0)[1].tolist() == WANTED[name]
+
+
 def test_voc_without_the_augmented_labels_reads_its_own_palette_files(tmp_path):
     """The SegmentationClass inside the tar, whose pixels are palette indices."""
     packed(tmp_path, "voc20")
