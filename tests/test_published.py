@@ -281,9 +281,10 @@ def test_cocos_text_and_back():
 
 @pytest.mark.parametrize("segmentation", [
     dict(size=[2, 3], counts=[1, 2]), dict(size=[3, 2], counts=[6]), dict(size=[2, 3]),
-    dict(size=[2, 3], counts=[-1, 7]), dict(size=[2, 3], counts="4"), dict(size=[2, 3], counts=None), [[1.0, 2.0]]])
+    dict(size=[2, 3], counts=[-1, 7]), dict(size=[2, 3], counts="4"),
+    dict(size=[2, 3], counts=[10**14]), dict(size=[2, 3], counts=None), [[1.0, 2.0]]])
 def test_a_mask_of_another_size_is_refused(segmentation):
-    """Too few pixels, rows and columns exchanged, no counts, a negative run, a polygon."""
+    """Too few pixels, rows and columns exchanged, no counts, a negative run, far too many, a polygon."""
     with pytest.raises(InputError, match="x.json: image y: a mask of category 5 is no run-length code of 3x2 pixels"):
         paint(Masks("x.json", "y", 2, 3, [(5, segmentation)]))
 
