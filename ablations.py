@@ -34,8 +34,7 @@ from pathlib import Path
 
 import torch
 
-from data import InputError
-from eval import write_files
+from images import InputError, write_files
 from pat import load_config
 
 STEPS = 800                                                   # a run in the world, unless --steps says otherwise

@@ -3,6 +3,8 @@
     python bench.py                 the world: images/s of PAT and SAN, training and inference, share of time per part
     python bench.py --preset coco   one 640x640 image, one training step and one inference of each, random CLIP weights
     python bench.py --preset coco-eva
+    python bench.py --loader        images/s of one data-loading process, 640x480 JPEGs; share of time per part
+    python bench.py --loader --data DIR    the same of COCO-Stuff's training images, or of a folder of yours
 
 Each row runs in a process of its own, so that its peak memory is its own; its first round is not counted, the median of
 the others is.  A training round is forward, losses, backward and AdamW's step, without drawing the images.  Ratios within
@@ -15,17 +17,26 @@ import argparse
 import multiprocessing
 import resource
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
 
-from data import InputError, World, run_cli
-from eval import parse_flags
+import data
+import images
+from images import InputError, parse_flags, rng_for, run_cli
 from pat import PAT, build
-from train import gradients, recipe
+from train import Stream, gradients, recipe, training_set
+from world import World
 
 
 def timed(function, name, spent):
@@ -90,13 +101,61 @@ def measure(preset, model_name, training, batch, rounds):
     return statistics.median(seconds), peak, statistics.mean(seconds), {name: s / rounds for name, s in spent.items()}
 
 
-def main():
+def photos(root, n=40):
+    """A folder dataset of n JPEGs 640x480: soft colours under sensor noise, about 110 kB each; labels of 48 blocks."""
+    for sub in ("images", "labels"):
+        (root / sub).mkdir()
+    for k in range(n):
+        rng = rng_for(0, k)
+        soft = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
+        noisy = np.asarray(soft) + rng.normal(0, 8, (480, 640, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / "images" / f"{k:02}.jpg", quality=92)
+        blocks = Image.fromarray(rng.integers(0, 171, (6, 8), dtype=np.uint8))
+        blocks.resize((640, 480), Image.NEAREST).save(root / "labels" / f"{k:02}.png")
+    (root / "classes.txt").write_text("\n".join(f"class {k}" for k in range(171)))
+
+
+def loader(root, rounds, draws=40):
+    """Print images/s of one worker at the coco preset, then the share of each part of a draw in this process."""
+    config = recipe("coco", data=str(root), batch=1, steps=draws * (rounds + 1))
+    dataset, seconds, spent = training_set(config), [], defaultdict(float)
+    samples = iter(DataLoader(Stream(dataset, config, 0, 0, 1), 1, num_workers=1))
+    for _ in range(rounds + 1):                               # in the first the process starts and fills its queue
+        start = time.perf_counter()
+        for _ in range(draws):
+            next(samples)
+        seconds.append(time.perf_counter() - start)
+    print(f"loader, 640x640 crops, {len(dataset):,} images: {draws / statistics.median(seconds[1:]):.1f} images/s a "
+          f"worker, median of {rounds} rounds of {draws}")
+    dataset.label = timed(dataset.label, "read label", spent)
+    with ExitStack() as stack:
+        for module, name, part in ((data, "read_image", "read image"), (data, "to_tensor", "to tensor"),
+                                   (images, "resize_short", "resize image"), (images, "jitter", "colour jitter")):
+            stack.enter_context(patch.object(module, name, timed(getattr(module, name), part, spent)))
+        start = time.perf_counter()
+        for n in range(draws):
+            dataset.draw(0, n)
+        total = time.perf_counter() - start
+    spent["window, flip, padding"] = total - sum(spent.values())
+    print("    " + ", ".join(f"{part} {100 * s / total:.0f}%" for part, s in spent.items()))
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", default="world", choices=("world", "coco", "coco-eva", "coco-large"))
     parser.add_argument("--rounds", type=int, default=5)
-    args = parse_flags(parser)
+    parser.add_argument("--loader", action="store_true", help="the data loader in place of the model")
+    parser.add_argument("--data", metavar="DIR", help="with --loader: its images (default: 40 made up)")
+    args = parse_flags(parser, argv)
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds}: takes a positive number")
+    if args.data and not args.loader:
+        raise InputError("--data: only together with --loader")
+    if args.loader:
+        with tempfile.TemporaryDirectory() as folder:
+            if not args.data:
+                photos(Path(folder))
+            return loader(args.data or folder, args.rounds)
     batch, spawn = 16 if args.preset == "world" else 1, multiprocessing.get_context("spawn")
     print(f"{args.preset}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch {batch}, "
           f"median of {args.rounds} rounds after one")

@@ -53,10 +53,16 @@ from timm.layers import RotaryEmbeddingCat
 from torch import nn
 from tqdm import tqdm
 
-from data import MEAN, OBJECTS, STD, STUFFS, TEMPLATES, TEXTURES, InputError, rng_for, run_cli, scene
+from images import MEAN, STD, InputError, rng_for, run_cli
+from world import OBJECTS, STUFFS, TEXTURES, scene
 
 WORLD_WEIGHTS = Path(__file__).parent / "world_clip.safetensors"
 TESTED = ("ViT-B-16", "ViT-L-14-336", "EVA02-B-16", "EVA02-L-14-336")
+TEMPLATES = (                                          # SAN's 14 sentences (`vild`), punctuation as published
+    "a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene", "There is the {} in the scene",
+    "a photo of a {} in the scene", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
+    "This is a photo of a small {}.", "This is a photo of a medium {}.", "This is a photo of a large {}.",
+    "There is a small {} in the scene.", "There is a medium {} in the scene.", "There is a large {} in the scene.")
 CLS_BLOCK = -100.0                                            # copy -> cls: as good as -inf, and finite like SAN's
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import InputError
+from images import InputError
 from hsattn import Attn
 from san import MaskHead, Mlp
 

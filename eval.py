@@ -29,11 +29,8 @@ Tests: tests/test_eval.py.  Read next: train.py.  H, W original size; h, w netwo
 
 import argparse
 import dataclasses
-import difflib
-import io
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +40,13 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from clip import VLM, open_model
-from data import Folder, InputError, World, palette, parse_names, read_image, resize_short, run_cli, to_tensor, to_unit
+from data import Folder
+from images import (InputError, palette, parse_flags, parse_names, read_image, resize_short, run_cli, to_tensor, to_unit,
+                    write_files)
 from losses import VGG, load_lpips
 from pat import load_run
 from vq import codebook_health
+from world import World
 
 UNNAMED = -1
 BAND = 2**25                                                  # floats held per band of rows: 128 MiB whatever the image
@@ -395,29 +395,6 @@ def sample_sheet(model, dataset, names=None, device="cpu", scenes=6):
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_files(files):
-    """Write {path: str, PIL image or (H,W,3) uint8}: under temporary names first, so that a failure changes nothing.
-
-    Raises InputError, one line, when a place cannot be written or its ending names no picture format.
-    """
-    files, done = {Path(path): content for path, content in files.items()}, {}
-    try:
-        for path, content in files.items():
-            done[path] = path.with_name(f".{os.getpid()}.{path.name}")
-            if isinstance(content, str):
-                done[path].write_text(content, encoding="utf-8")
-            else:
-                content = Image.fromarray(content) if isinstance(content, np.ndarray) else content
-                content.save(done[path])
-        for path, temporary in done.items():
-            os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be written ({error})") from error
-    finally:
-        for temporary in done.values():
-            temporary.unlink(missing_ok=True)
-
-
 COLUMNS = {"mIoU": "mIoU", "mIoU_old_rule": "old rule", "mIoU_seen": "seen", "mIoU_unseen": "unseen",
            "mIoU_stuff": "stuff", "foreground_accuracy": "fg/bg", "pixel_accuracy": "pixel acc",
            "mean_accuracy": "mean acc", "fwIoU": "fwIoU",
@@ -453,24 +430,6 @@ def write_scores(path_stem, table):
 
 
 # --- the two commands -----------------------------------------------------------------------------------------------
-
-
-def parse_flags(parser, argv=None):
-    """parser.parse_args that raises InputError, one line, and names the closest flag to an unknown one.
-
-    Build `parser` with `allow_abbrev=False`, or argparse takes a shortened flag for the full one.
-    """
-    def fail(message):
-        raise InputError(f"{message}; see --help")
-
-    parser.error = fail
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
-        close = difflib.get_close_matches(flag, known, 1, cutoff=0.4)
-        raise InputError(f"unknown argument {flag}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
-    return args
 
 
 def test_set(config, data=None, ignore=255, images=None):

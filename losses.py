@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-from data import IGNORE, InputError
+from images import IGNORE, InputError
 
 NO_OBJECT = 0.1                        # class weight of a query that matches nothing
 CE, BCE, DICE = 2.0, 5.0, 5.0

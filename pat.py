@@ -38,9 +38,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError, run_cli
 from decoder import Decoder, Up, log2
 from hsattn import Attn, HSAttn
+from images import InputError, run_cli
 from kernels import CHOICES
 from san import MLP, SAN, SANConfig, from_published, read_published, trainable
 from vq import vMFVQ

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip import VLM, differences, load_pickle, open_model
-from data import InputError
+from images import InputError
 
 
 @dataclass

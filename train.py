@@ -2,7 +2,7 @@
 
     python train.py                                           the built-in world, about ten minutes on two cores
     python train.py --model san                               the baseline on the same images
-    python train.py --preset coco --data DIR                  the paper's recipe on a folder of yours
+    python train.py --preset coco --data DIR                  the paper's recipe: COCO-Stuff, or a folder of yours
     torchrun --nproc_per_node=3 train.py --preset coco --data DIR
     python train.py --resume runs/world-pat-0                 go on where it stopped, as if it never had
     python train.py --ablations --seeds 3                     every row of the paper's Table II, see ablations.py
@@ -40,14 +40,17 @@ from tqdm import tqdm
 
 from ablations import STEPS, ablate, ablation_seeds
 from clip import pretrain
-from data import Folder, InputError, World, rng_for, run_cli, to_unit
-from eval import format_table, parse_flags, sample_sheet, score_table, write_files, write_scores
+from data import Folder, open_dataset
+from eval import format_table, sample_sheet, score_table, write_scores
 from hsattn import g
+from images import InputError, parse_flags, rng_for, run_cli, to_unit, write_files
 from kernels import path
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
 from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state, warm_start
+from published import NotFound
 from san import trainable
 from vq import codebook_health, restart_dead_codes
+from world import World
 
 
 @dataclass
@@ -266,8 +269,15 @@ def training_set(config):
     if config.preset == "world" and not config.data:
         return World("train")
     if not config.data:
-        raise InputError(f"preset {config.preset} trains on a folder: give --data DIR with images/, labels/, classes.txt")
-    return folder(config, config.data)
+        raise InputError(f"preset {config.preset} trains on COCO-Stuff or on a folder of yours: give --data DIR with its "
+                         "archives, or with images/, labels/, classes.txt")
+    if (Path(config.data) / "classes.txt").exists():
+        return folder(config, config.data)
+    side = config.short_side
+    try:
+        return open_dataset("coco-stuff", config.data, "train", crop=side, short_side=side, long_side=config.long_side)
+    except NotFound as error:
+        raise InputError(f"{error}; a folder of your own needs images/, labels/ and classes.txt") from error
 
 
 def run_directory(config, resume):

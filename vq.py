@@ -167,7 +167,8 @@ if __name__ == "__main__":
     import numpy as np
     from PIL import Image
 
-    from data import rng_for, scene
+    from images import rng_for
+    from world import scene
 
     torch.manual_seed(0)
     image = torch.from_numpy(scene(rng_for(5))[0]).float() / 255                          # (64,64,3)

@@ -39,8 +39,8 @@ import torch.nn.functional as F  # noqa: E402
 
 import hsattn  # noqa: E402
 import vq  # noqa: E402
-from data import InputError, run_cli  # noqa: E402
-from eval import parse_flags, write_files  # noqa: E402
+from images import InputError, run_cli  # noqa: E402
+from images import parse_flags, write_files  # noqa: E402
 from hsattn import g  # noqa: E402
 from kernels import limits  # noqa: E402
 

@@ -35,8 +35,8 @@ from tqdm import tqdm  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from data import InputError, run_cli  # noqa: E402
-from eval import parse_flags, write_files  # noqa: E402
+from images import InputError, run_cli  # noqa: E402
+from images import parse_flags, write_files  # noqa: E402
 from kernels import mean_shift, vmf_assign  # noqa: E402
 
 TARGETS = (80, 86, 90)

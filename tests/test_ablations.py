@@ -14,7 +14,7 @@ import ablations
 import train
 from ablations import (ROWS, STEPS, ablate, format_markdown, format_text, jobs, paper_change, run_config, tabulate,
                        verdict)
-from data import InputError
+from images import InputError
 from pat import STAGES, build
 from san import trainable
 from test_train import TINY

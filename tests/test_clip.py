@@ -15,13 +15,20 @@ from safetensors.torch import save_file
 import clip
 from clip import (CLS_BLOCK, TEMPLATES, VLM, cached_file, captions, multi_positive, open_model, pretrain_stage,
                   recognition_mask, resize_positions, world_clip)
-from data import InputError
+from images import InputError
 
 
 @pytest.fixture(scope="module")
 def vlm():
     torch.manual_seed(0)
     return VLM(*open_model("world", "none"), scale=1.0, depths=(0, 2, 3, 4)).eval()
+
+
+def test_there_are_14_templates_with_one_place_for_the_name():
+    """SAN's `vild` set, the published order."""
+    assert len(set(TEMPLATES)) == 14 and all(t.count("{}") == 1 for t in TEMPLATES)
+    assert TEMPLATES[0].format("red star") == "a photo of a red star."
+    assert TEMPLATES[13].format("red star") == "There is a large red star in the scene."
 
 
 def ordinary(vlm, pyramid):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import InputError
+from images import InputError
 from decoder import SPADE, Decoder, DecoderBlock, DySample, PooledSelfAttn, Up, log2
 
 

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
 import eval as E
-from data import InputError, palette, to_tensor, to_unit
+from images import InputError, palette, to_tensor, to_unit
 from vq import Tokens
 
 # --- both mIoU rules, by hand ---------------------------------------------------------------------------------------
@@ -432,13 +432,6 @@ def test_bad_input_is_one_line_and_writes_nothing(runs, argv, words):
         E.main(argv)
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()} == before
-
-
-def test_a_failed_write_leaves_the_old_files(tmp_path):
-    (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(InputError, match="cannot be written"):
-        E.write_files({tmp_path / "a.txt": "new", tmp_path / "gone/b.txt": "new"})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
 
 def test_from_the_shell_bad_input_ends_with_status_2():

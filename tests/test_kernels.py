@@ -18,9 +18,10 @@ import torch.nn.functional as F
 import hsattn
 import kernels
 import vq
-from data import InputError, World
+from images import InputError
 from pat import build
 from train import gradients, paths, recipe
+from world import World
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed here (it exists on Linux only): the kernels cannot run", allow_module_level=True)

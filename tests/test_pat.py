@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 import pat
 import train
-from data import InputError
+from images import InputError
 from pat import (PYRAMID, STAGES, TokenMixer, build, fingerprint, import_published, layers, load_run, load_weights, preset,
                  trained_state, warm_start)
 from san import trainable

@@ -12,7 +12,7 @@ from test_clip import smaller
 
 import clip
 import san
-from data import MEAN, STD, InputError
+from images import MEAN, STD, InputError
 from pat import build, preset
 from san import MLP, SAN, MaskHead, SANConfig, from_published, our_key, read_published, trainable
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,9 +14,12 @@ import torch.multiprocessing as mp
 
 import losses
 import train
-from data import InputError, World
+from images import InputError
 from pat import build, load_run
+from test_archives import pack
+from test_published import encoded, picture
 from train import Stream, gradients, learning_rate, parameter_groups, parse, recipe, restart
+from world import World
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(batch=4, points=64, crf_samples=64, width=48, hs_heads=4, decoder_width=32, spade_hidden=16, head_width=32,
@@ -227,9 +231,24 @@ def test_torchrun_trains_scores_and_draws(tmp_path):
     assert "mIoU" in (tmp_path / "run" / "scores.txt").read_text()
 
 
+def test_the_coco_preset_trains_on_what_the_folder_holds(tmp_path):
+    """COCO-Stuff's archives give its training split, at the preset's sizes; beside a classes.txt, a folder of yours."""
+    pack(tmp_path / "train2017.zip", {"train2017/000000000009.jpg": picture(1)})
+    pack(tmp_path / "stuffthingmaps_trainval2017.zip", {"train2017/000000000009.png": encoded(np.uint8([[0, 181, 255]] * 2))})
+    dataset = train.training_set(recipe("coco", data=str(tmp_path)))
+    assert dataset.route == "stuffthingmaps" and len(dataset.train_names) == 171 and len(dataset) == 1
+    image, label = dataset.draw(0, 0)
+    assert image.shape == (3, 640, 640) and set(label.unique().tolist()) == {-1, 0, 170}
+    (tmp_path / "classes.txt").write_text("sky")
+    with pytest.raises(InputError, match="images: no such folder"):
+        train.training_set(recipe("coco", data=str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="needs train2017.zip .* a folder of your own needs images/, labels/ and classes"):
+        train.training_set(recipe("coco", data=str(tmp_path / "empty")))
+
+
 def test_a_folder_trains_and_scores(tmp_path):
     """Two images of your own, 16-bit labels, with the same commands."""
-    import numpy as np
     from PIL import Image
 
     data = tmp_path / "data"

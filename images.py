@@ -1,0 +1,266 @@
+"""Pictures and class ids as arrays: what a user gave, files to arrays, arrays to tensors, SAN's training augmentation.
+
+    image (H,W,3) uint8 RGB        label (H,W) int64, 0..L-1, or IGNORE = -1 where nobody says what it is
+    a photo -> read_image -> resize_short -> to_tensor -> (3,h,w) float32, as CLIP wants it
+    augment: a 480x640 pair -> short side 320, 384, ..., 960 -> 640x640 window -> colour jitter -> flip -> padding
+
+Nothing is read half: a label file holds whole, unaltered class ids or is refused, and what cannot be used ends in an
+`InputError`, one line that says which file, what is wrong and what to do.  Nothing is written half either:
+`write_files` replaces files only when all of them stand whole beside their places.  Class i has one colour everywhere.
+
+Every draw is keyed: `rng_for(seed, word, n)` is the same generator for the same key, whoever asks for it and on however
+many processes.  So there is no sampler and no shuffling state to save: the step number says it all.
+
+# paper: SAN's augmentation.   # differs: PIL's hue in place of OpenCV's, nearest labels by pixel centres (see there).
+
+Tests: tests/test_images.py.  Read next: world.py.
+"""
+
+import colorsys
+import difflib
+import hashlib
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# H, W an image's height and width; S the side of a training crop; L classes.
+
+IGNORE = -1                                            # ours: one value for every dataset, below every class id
+MEAN = (0.48145466, 0.4578275, 0.40821073)             # CLIP's, RGB, of values in 0..1
+STD = (0.26862954, 0.26130258, 0.27577711)
+TRAIN, VAL, ORDER, AUGMENT = range(4)      # the middle word of a key (seed, word, n): no two uses share a generator
+
+
+# ---- what a user gave, and what to say when it cannot be used ----
+class InputError(Exception):
+    """Something the user gave cannot be used.  The message is one line: where, what is wrong, what to do."""
+
+
+def run_cli(main):
+    """Run `main()`; an InputError ends the program with one line on stderr and status 2, without a traceback."""
+    try:
+        main()
+    except InputError as error:
+        # A DataLoader worker hands its error over as a whole traceback whose last line is ours.
+        print("error: " + str(error).rstrip().splitlines()[-1].split("InputError: ")[-1], file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_flags(parser, argv=None):
+    """parser.parse_args that raises InputError, one line, and names the closest flag to an unknown one.
+
+    Build `parser` with `allow_abbrev=False`, or argparse takes a shortened flag for the full one.
+    """
+    def fail(message):
+        raise InputError(f"{message}; see --help")
+
+    parser.error = fail
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+        close = difflib.get_close_matches(flag, known, 1, cutoff=0.4)
+        raise InputError(f"unknown argument {flag}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
+    return args
+
+
+def write_files(files):
+    """Write {path: str, PIL image or (H,W,3) uint8}: under temporary names first, so that a failure changes nothing.
+
+    Raises InputError, one line, when a place cannot be written or its ending names no picture format.
+    """
+    files, done = {Path(path): content for path, content in files.items()}, {}
+    try:
+        for path, content in files.items():
+            done[path] = path.with_name(f".{os.getpid()}.{path.name}")
+            if isinstance(content, str):
+                done[path].write_text(content, encoding="utf-8")
+            else:
+                content = Image.fromarray(content) if isinstance(content, np.ndarray) else content
+                content.save(done[path])
+        for path, temporary in done.items():
+            os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written ({error})") from error
+    finally:
+        for temporary in done.values():
+            temporary.unlink(missing_ok=True)
+
+
+def parse_names(given, where="--labels", item="name"):
+    """Class names from "red star, grass" or from a list -> tuple of str, stripped; item k of it is class k.
+
+    Raises InputError if there is none, or one is blank or occurs twice; `where` and `item` word its message.
+    """
+    names = tuple(name.strip() for name in (given.split(",") if isinstance(given, str) else given))
+    if not any(names):
+        raise InputError(f"{where}: holds no class names; give at least one, such as: red star, grass")
+    for k, name in enumerate(names, 1):
+        if not name:
+            raise InputError(f"{where}: {item} {k} is blank; remove it, or write the class name that belongs there")
+        if names.index(name) + 1 < k:
+            raise InputError(f"{where}: {item} {k} repeats {item} {names.index(name) + 1}, {name!r}; remove either")
+    return names
+
+
+def checksum(names, raw=None):
+    """16 hex digits of a list of names and of what label files hold for each (`raw`, default 0, 1, ...), in order."""
+    lines = (f"{value}\t{name}\n" for value, name in zip(range(len(names)) if raw is None else raw, names, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def palette(n):
+    """Colours (n,3) uint8 of classes 0..n-1: class i has the same colour in every picture, whatever n is."""
+    rows = [colorsys.hsv_to_rgb(0.618034 * i % 1,                 # golden ratio: neighbours in i are far apart in hue
+                                (0.85, 0.5, 0.7)[i % 3], (1.0, 0.85, 0.6)[i // 3 % 3]) for i in range(n)]
+    return np.round(255 * np.array(rows).reshape(n, 3)).astype(np.uint8)
+
+
+def colour_label(label):
+    """Label (H,W) -> picture (H,W,3) uint8 in `palette`'s colours; ignored pixels are black."""
+    label = np.asarray(label)
+    return np.vstack([palette(label.max() + 1), np.zeros((1, 3), np.uint8)])[label]    # IGNORE = -1 takes the last row
+
+
+def rng_for(*key):
+    """A generator that depends on nothing but the integers of `key`, such as (seed, step, image), each below 2**32."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+# ---- files to arrays, arrays to tensors ----
+def to_tensor(image):
+    """Image (H,W,3) uint8 RGB -> (3,H,W) float32 as CLIP wants it: (value / 255 - MEAN) / STD, about -1.8..2.2."""
+    levels = torch.arange(256) / 255                              # a byte has 256 values: the arithmetic once for each
+    table = (levels - torch.tensor(MEAN)[:, None]) / torch.tensor(STD)[:, None]                     # (3,256)
+    tensor = np.empty((3, *image.shape[:2]), np.float32)
+    for channel, values, bytes in zip(tensor, table.numpy(), np.moveaxis(image, 2, 0)):
+        np.take(values, bytes, out=channel, mode="clip")          # the mode without a temporary copy
+    return torch.from_numpy(tensor)
+
+
+def to_unit(tensor):
+    """The inverse of `to_tensor`: normalised (...,3,H,W) -> the same shape with values in 0..1 (to float rounding)."""
+    return tensor * tensor.new_tensor(STD).view(3, 1, 1) + tensor.new_tensor(MEAN).view(3, 1, 1)
+
+
+@contextmanager
+def opened(path):
+    """The PIL image at `path`; inside this block, whatever PIL says about the file becomes an InputError.
+
+    `path`: str, Path, or anything else with an open(mode) that prints as its place, such as a file inside an archive.
+    """
+    try:
+        # Through a stream: Pillow (13.0) maps a TIFF that it is given by name, and scrambles it if it is to be rotated.
+        with (Path(path) if isinstance(path, str) else path).open("rb") as stream, Image.open(stream) as file:
+            yield file
+    except InputError:
+        raise
+    except Exception as error:             # decoders raise OSError, SyntaxError, ValueError, EOFError, ... on bad bytes
+        reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+        reason = "no image format known to PIL" if isinstance(error, UnidentifiedImageError) else reason
+        raise InputError(f"{path}: cannot be read ({reason}); is it there, whole, and an image?") from error
+
+
+def read_image(path):
+    """The picture at `path` as (H,W,3) uint8 RGB, upright (EXIF orientation applied).
+
+    Transparent pixels are laid on white; 16-bit grey is scaled to 8 bits; everything else goes the way PIL converts it.
+    Raises InputError for a missing, broken or truncated file, and for float or over 16-bit pixels.
+    """
+    with opened(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode == "F":
+            raise InputError(f"{path}: has float pixels, whose range nobody knows; save it as an 8-bit PNG or JPEG")
+        if image.mode.startswith("I"):                    # PIL's own conversion clips every value above 255 to white
+            values = np.asarray(image).astype(np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise InputError(f"{path}: has grey values outside 0..65535; save it as an 8-bit PNG or JPEG")
+            image = Image.fromarray(((values + 128) // 257).astype(np.uint8))             # 65535 = 255 * 257 is white
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return np.array(image.convert("RGB"))
+
+
+def read_label(path):
+    """The class ids at `path` as (H,W) int64, exactly as stored: grey values, or palette indices; 8 or 16 bits.
+
+    Raises InputError if the file is missing, broken or truncated, or holds anything but whole, unaltered indices.
+    """
+    with opened(path) as file:
+        if len(file.getbands()) > 1:
+            raise InputError(f"{path}: is colour-coded ({file.mode}), not class ids; save one grey value per class")
+        if file.format not in ("PNG", "TIFF") or file.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+            raise InputError(f"{path}: {file.format} {file.mode} pixels are no exact ids; save it as 8- or 16-bit PNG")
+        stored = file.tile[0].args                        # how the pixels lie in the file, before PIL touches them
+        stored = stored if isinstance(stored, str) else stored[0]
+        if file.mode in ("1", "L") and stored not in ("1", "1;R", "L", "L;R"):     # PIL stretches 4-bit grey to 0..255
+            raise InputError(f"{path}: has grey values stored as {stored}, which PIL rescales; save it as an 8-bit PNG")
+        return np.array(file).astype(np.int64)
+
+
+# ---- resizing, and SAN's training augmentation ----
+def resize_short(image, short, long):
+    """Image (H,W,3) uint8, bilinear to short side `short` unless its long side would pass `long`; rounded half up."""
+    h, w = image.shape[:2]
+    scale = min(short / min(h, w), long / max(h, w))
+    size = max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))                     # PIL wants (W, H)
+    return np.array(Image.fromarray(image).resize(size, Image.BILINEAR))
+
+
+def nearest(old, new):
+    """Which of `old` pixels in a row each of `new` shows: the one under its centre.  -> (new,) int64"""
+    # differs: SAN's labels go through torch's "nearest", which samples the corner of a pixel and so shifts them by up
+    # to half a pixel against the image.  This is PIL's: the centre, found in steps that are added up, rounding and all.
+    # Effect on the score: not measured.
+    step = old / new
+    return np.cumsum([step / 2] + [step] * (new - 1)).astype(np.int64)
+
+
+def shift_hsv(image, gain=1.0, turn=0):
+    """RGB (H,W,3) uint8 with its saturation times `gain` and its hue turned by `turn` (OpenCV's unit: two degrees)."""
+    # differs: PIL's 8-bit HSV in place of OpenCV's, to need no OpenCV: 1 level of 255 on average, at most 14, on noise.
+    h, s, v = Image.fromarray(image).convert("HSV").split()
+    levels = np.arange(256)
+    h = h.point(((levels + round(turn * 255 / 180)) % 255).tolist())                      # PIL's full circle is 255
+    s = s.point((levels * gain).clip(0, 255).astype(np.uint8).tolist())
+    return np.array(Image.merge("HSV", (h, s, v)).convert("RGB"))
+
+
+def jitter(image, rng):
+    """SSD's colour jitter of (H,W,3) uint8: four changes, each with probability 1/2, the contrast early or last."""
+    bright, contrast, early, saturate, turn = rng.random(5) < 0.5
+    shift, factor, gain, hue = rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2), int(rng.integers(-18, 19))
+    levels = same = np.arange(256, dtype=np.uint8)                # what becomes of each of a byte's values
+    harder = (levels * factor).clip(0, 255).astype(np.uint8)
+    if bright:
+        levels = (levels + shift).clip(0, 255).astype(np.uint8)
+    if contrast and early:
+        levels = harder[levels]
+    if saturate or turn:                                          # neighbours in both orders, so one trip to HSV
+        image = shift_hsv(levels.take(image), gain if saturate else 1.0, hue if turn else 0)
+        levels = same
+    if contrast and not early:
+        levels = harder[levels]
+    return image if levels is same else levels.take(image)
+
+
+def augment(image, label, rng, crop, long=2560):
+    """SAN's training augmentation: image (H,W,3) uint8, label (H,W) int64 -> (S,S,3) uint8, (S,S) int64, S = crop.
+
+    Resize (short side 0.5..1.5 times the crop, long side at most `long`), random window, colour jitter, flip, pad.
+    """
+    image = resize_short(image, crop * int(rng.integers(5, 16)) // 10, long)    # 320, 384, ..., 960 for a crop of 640
+    y, x = (int(rng.integers(max(size - crop, 0) + 1)) for size in image.shape[:2])
+    rows, columns = (nearest(old, new) for old, new in zip(label.shape, image.shape))
+    label = label[rows[y:y + crop, None], columns[x:x + crop]]    # of the label, only the window is ever made
+    image = jitter(image[y:y + crop, x:x + crop], rng)
+    if rng.random() < 0.5:
+        image, label = image[:, ::-1], label[:, ::-1]
+    below, right = crop - label.shape[0], crop - label.shape[1]
+    image = np.pad(image, ((0, below), (0, right), (0, 0)), constant_values=128)
+    return image, np.pad(label, ((0, below), (0, right)), constant_values=IGNORE)

@@ -1,0 +1,397 @@
+"""What images.py promises: files read exactly or refused, and augmentation worked by hand."""
+
+import colorsys
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import images
+from images import (IGNORE, InputError, augment, colour_label, jitter, nearest, palette, parse_names, read_image,
+                    read_label, resize_short, rng_for, run_cli, shift_hsv, to_tensor, to_unit, write_files)
+
+
+# ---- names, colours, tensors ----
+def test_names_are_split_at_commas_and_stripped():
+    """--labels "red star, grass" is two names; a list is taken item by item, commas and all."""
+    assert parse_names(" red star, grass ") == ("red star", "grass")
+    assert parse_names(["tree, palm tree", "sky"]) == ("tree, palm tree", "sky")
+
+
+@pytest.mark.parametrize("given, why", [("", "no class names"), (" , ", "no class names"), ([], "no class names"),
+                                        ("a,,b", "name 2 is blank"), ("a,b, a", "name 3 repeats name 1, 'a'")])
+def test_empty_blank_and_doubled_names_are_refused(given, why):
+    """The message counts from one, as people do."""
+    with pytest.raises(InputError, match=f"--labels: .*{why}"):
+        parse_names(given)
+
+
+def test_a_class_has_the_same_colour_in_every_picture():
+    """Colour i does not depend on how many classes there are, 847 classes have 847 colours, and ignored is black."""
+    assert (palette(70) == palette(847)[:70]).all() and palette(847).dtype == np.uint8
+    assert len({tuple(c) for c in palette(847)}) == 847
+    picture = colour_label(np.array([[0, 2], [IGNORE, 1]]))
+    assert (picture[[0, 0, 1], [0, 1, 1]] == palette(3)[[0, 2, 1]]).all() and (picture[1, 0] == 0).all()
+
+
+def test_to_unit_undoes_to_tensor():
+    """Red 255: (1 - 0.48145466) / 0.26862954 = 1.9303; and back to 1, for one image or a batch."""
+    image = np.array([[[255, 0, 128]]], np.uint8)
+    tensor = to_tensor(image)
+    assert tensor.shape == (3, 1, 1) and tensor.dtype == torch.float32
+    assert tensor[0].item() == pytest.approx(1.9303, abs=1e-4)
+    for given in (tensor, tensor[None]):
+        assert torch.allclose(to_unit(given).flatten(), torch.tensor([1.0, 0.0, 128 / 255]), atol=1e-6)
+
+
+# ---- reading pictures ----
+def test_exif_orientation_is_applied(tmp_path):
+    """Orientation 6 says "turn me to the right": black beside white as stored is black above white upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, how in (("a.png", {}), ("a.tif", {}), ("b.tif", dict(compression="tiff_lzw"))):
+        Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / name, exif=exif, **how)
+        assert read_image(tmp_path / name)[..., 0].tolist() == [[0], [255]], name
+    Image.fromarray(np.array([[7, 300]], np.uint16)).save(tmp_path / "label.tif", exif=exif)
+    assert read_label(tmp_path / "label.tif").tolist() == [[7], [300]]          # PIL turns a TIFF, and so its label
+
+
+def test_transparent_pixels_are_laid_on_white(tmp_path):
+    """Red at alpha 0 is white, at 255 red, at 51 = a fifth: 0.2 * (200,0,0) + 0.8 * 255 = (244,204,204)."""
+    rgba = np.array([[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 51]]], np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    assert read_image(tmp_path / "rgba.png").tolist() == [[[255, 255, 255], [200, 0, 0], [244, 204, 204]]]
+    Image.fromarray(rgba[..., [0, 3]]).save(tmp_path / "la.png")
+    assert read_image(tmp_path / "la.png")[0, :, 0].tolist() == [255, 200, 244]
+    indexed = Image.fromarray(np.array([[0, 1]], np.uint8))
+    indexed.putpalette([9, 9, 9, 30, 60, 90])
+    indexed.save(tmp_path / "p.png", transparency=0)
+    assert read_image(tmp_path / "p.png").tolist() == [[[255, 255, 255], [30, 60, 90]]]
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path):
+    """0, 257, 32896 = 128 * 257 and 65535 become 0, 1, 128 and 255."""
+    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "i.tif")
+    for name in ("a.png", "i.tif"):
+        image = read_image(tmp_path / name)
+        assert image.dtype == np.uint8 and (image == np.array([0, 1, 128, 255])[None, :, None]).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
+def test_every_ordinary_mode_becomes_rgb(tmp_path, mode):
+    """White on the left, black on the right, whatever the file calls it; (H,W,3) uint8 comes out."""
+    picture = Image.fromarray(np.repeat(np.array([[255, 0]], np.uint8)[..., None], 3, 2)).convert(mode)
+    picture.save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif").tolist() == [[[255] * 3, [0] * 3]]
+
+
+def noise(h=8, w=6, seed=0):
+    """A picture of uniform noise (h,w,3) uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+
+def broken(kind, path):
+    """Write a file that cannot be used."""
+    whole = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(whole, "png")
+    if kind == "truncated":
+        path.write_bytes(whole.getvalue()[:3000])
+    elif kind == "bad chunk":
+        path.write_bytes(whole.getvalue()[:40] + b"\xff" * 40 + whole.getvalue()[80:])
+    elif kind == "text":
+        path.write_text("not an image")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "float":
+        Image.fromarray(np.ones((2, 2), np.float32)).save(path, "tiff")
+    elif kind == "bomb":                          # a header that promises 60000 x 60000 pixels
+        header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+        path.write_bytes(whole.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole.getvalue()[33:])
+    elif kind == "32 bits":
+        Image.fromarray(np.full((2, 2), 70000, np.int32)).save(path, "tiff")
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "bad chunk", "text", "empty", "folder", "float", "bomb",
+                                  "32 bits"])
+def test_an_unusable_picture_is_an_input_error_naming_the_file(tmp_path, kind):
+    """One line, with the path in it; never a decoder's own exception."""
+    broken(kind, tmp_path / "photo.png")
+    with pytest.raises(InputError, match="photo.png") as caught:
+        read_image(tmp_path / "photo.png")
+    assert "\n" not in str(caught.value)
+
+
+# ---- reading labels ----
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_labels_come_back_as_stored(tmp_path, suffix, dtype):
+    """8 and 16 bits, PNG and TIFF; ids above 255 survive (ADE has 847 classes and 65535 for unlabelled)."""
+    ids = np.array([[0, 1, 255], [7, 254, 3]] if dtype == np.uint8 else [[0, 256, 65535], [846, 300, 255]], dtype)
+    Image.fromarray(ids).save(tmp_path / f"a.{suffix}")
+    label = read_label(tmp_path / f"a.{suffix}")
+    assert label.dtype == np.int64 and label.tolist() == ids.tolist()
+
+
+def test_a_palette_label_keeps_its_indices(tmp_path):
+    """VOC's labels are palette PNGs: index 2 is class 2, whatever colour it is shown in, at 2, 4 or 8 bits a pixel."""
+    for bits in (2, 4, 8):
+        indexed = Image.fromarray(np.array([[0, 2], [1, 3]], np.uint8))
+        indexed.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+        indexed.save(tmp_path / "a.png", bits=bits)
+        assert read_label(tmp_path / "a.png").tolist() == [[0, 2], [1, 3]]
+
+
+def write_4_bit_grey(path):
+    """A 2x1 grey PNG of 4 bits a pixel holding 1 and 2; PIL would read it as 17 and 34."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0)
+    pixels = zlib.compress(b"\x00\x12")                             # a filter byte, then the two half bytes
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("kind, why", [
+    ("rgb", "colour-coded"), ("jpeg", "no exact ids"), ("float", "no exact ids"), ("4 bits", "rescales"),
+    ("missing", "cannot be read"), ("truncated", "cannot be read"), ("text", "cannot be read")])
+def test_a_label_that_is_no_index_map_is_refused(tmp_path, kind, why):
+    """Colours, lossy files and rescaled grey would all give wrong classes without a word."""
+    path = tmp_path / "map.png"
+    if kind in ("rgb", "jpeg"):
+        Image.fromarray(noise() if kind == "rgb" else noise()[..., 0]).save(path, "png" if kind == "rgb" else "jpeg")
+    elif kind == "4 bits":
+        write_4_bit_grey(path)
+    elif kind == "truncated":
+        Image.fromarray(noise(64, 64)[..., 0]).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+    else:
+        broken(kind, path)
+    with pytest.raises(InputError, match=f"map.png.*{why}"):
+        read_label(path)
+
+
+# ---- resizing and augmentation ----
+@pytest.mark.parametrize("h, w, want", [(480, 640, (640, 853)), (640, 427, (959, 640)), (100, 1000, (256, 2560)),
+                                        (481, 640, (640, 852)), (1, 9000, (1, 2560))])
+def test_the_short_side_becomes_640_unless_the_long_one_passes_2560(h, w, want):
+    """480x640: 640 * 640/480 = 853.33 -> 853.  481x640: 851.56 -> 852.  100x1000 would be 6400 long."""
+    assert resize_short(np.zeros((h, w, 3), np.uint8), 640, 2560).shape == (*want, 3)
+
+
+def test_nearest_takes_the_pixel_under_the_centre():
+    """2 -> 5: centres .2, .6, 1.0, 1.4, 1.8 lie in pixels 0 0 1 1 1; 5 -> 2: 1.25 and 3.75 in 1 and 3."""
+    assert nearest(2, 5).tolist() == [0, 0, 1, 1, 1] and nearest(5, 2).tolist() == [1, 3]
+    assert nearest(4, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_nearest_is_pils():
+    """The same pixel for every pair of sizes, borders between two pixels included, along rows and along columns."""
+    rng = np.random.default_rng(0)
+    pairs = [(old, new) for old in (*range(1, 12), 427, 480, 640, 1001) for new in (1, 2, 7, 320, 853, 960, 1280)]
+    for old, new in pairs + rng.integers(1, 2000, (100, 2)).tolist():
+        row = Image.fromarray(np.arange(old, dtype=np.int32)[None])
+        assert np.array(row.resize((new, 1), Image.NEAREST))[0].tolist() == nearest(old, new).tolist(), (old, new)
+        column = row.transpose(Image.TRANSPOSE)
+        assert np.array(column.resize((1, new), Image.NEAREST))[:, 0].tolist() == nearest(old, new).tolist()
+
+
+def test_a_resized_label_holds_no_new_ids():
+    """Nearest, so 0 beside 900 never gives 450, and IGNORE stays IGNORE.  2x2 to 5x5, all of it inside the window."""
+    given = np.array([[0, 900], [IGNORE, 900]])
+    image, label = augment(np.zeros((2, 2, 3), np.uint8), given, Dice([0.9], [10, 0, 0, 0]), 5)
+    assert label.dtype == np.int64 and set(np.unique(label)) == {IGNORE, 0, 900}
+    assert label[0, 0] == 0 and label[4, 0] == IGNORE and label[0, 4] == 900
+
+
+def plain_augment(image, label, rng, crop):
+    """`augment` without short cuts: everything resized whole by PIL, then cut; arithmetic on every pixel."""
+    h, w = label.shape
+    scale = crop * int(rng.integers(5, 16)) // 10 / min(h, w)
+    size = int(w * scale + 0.5), int(h * scale + 0.5)
+    image = np.array(Image.fromarray(image).resize(size, Image.BILINEAR)).astype(float)
+    label = np.array(Image.fromarray(label.astype(np.int32)).resize(size, Image.NEAREST))
+    y, x = (int(rng.integers(max(side - crop, 0) + 1)) for side in label.shape)
+    image, label = image[y:y + crop, x:x + crop], label[y:y + crop, x:x + crop]
+    bright, contrast, early, saturate, turn = rng.random(5) < 0.5
+    shift, factor, gain, hue = rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2), int(rng.integers(-18, 19))
+    image = np.floor((image + shift * bright).clip(0, 255))
+    image = np.floor((image * factor).clip(0, 255)) if contrast and early else image
+    if saturate or turn:
+        hsv = np.array(Image.fromarray(image.astype(np.uint8)).convert("HSV")).astype(float)
+        hsv[..., 0] = (hsv[..., 0] + round(hue * turn * 255 / 180)) % 255
+        hsv[..., 1] = np.floor((hsv[..., 1] * (gain if saturate else 1)).clip(0, 255))
+        bands = [Image.fromarray(band) for band in np.moveaxis(hsv.astype(np.uint8), 2, 0)]
+        image = np.array(Image.merge("HSV", bands).convert("RGB")).astype(float)
+    image = np.floor((image * factor).clip(0, 255)) if contrast and not early else image
+    if rng.random() < 0.5:
+        image, label = image[:, ::-1], label[:, ::-1]
+    canvas, ids = np.full((crop, crop, 3), 128.0), np.full((crop, crop), IGNORE)
+    canvas[:image.shape[0], :image.shape[1]], ids[:label.shape[0], :label.shape[1]] = image, label
+    return canvas, ids
+
+
+def test_the_fast_way_is_the_plain_way():
+    """Tables of 256 values and windows of labels give the very pixels of the plain arithmetic, draw after draw."""
+    for n in range(60):
+        shape = rng_for(1, n).integers(20, 90, 2)
+        image, label = noise(*shape, seed=n), rng_for(2, n).integers(-1, 300, shape)
+        fast, plain = (f(image, label, rng_for(0, 3, n), 48) for f in (augment, plain_augment))
+        assert (fast[0] == plain[0]).all() and (fast[1] == plain[1]).all(), n
+
+
+def test_to_tensor_is_the_plain_arithmetic_bit_by_bit():
+    """(value / 255 - mean) / std in float32, for all 256 values of each channel; views are fine too."""
+    image = np.arange(256, dtype=np.uint8)[None, ::-1, None].repeat(3, 2)
+    plain = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+    plain = (plain - torch.tensor(images.MEAN).view(3, 1, 1)) / torch.tensor(images.STD).view(3, 1, 1)
+    assert torch.equal(to_tensor(image), plain)
+
+
+class Dice:
+    """A stand-in generator whose throws are written down: `coins` for random(), `ints` for integers()."""
+
+    def __init__(self, coins, ints, five=(0.9,) * 5):
+        self.coins, self.ints, self.five = list(coins), list(ints), np.array(five)
+
+    def random(self, n=None):
+        return self.coins.pop(0) if n is None else self.five
+
+    def integers(self, *bounds):
+        value = self.ints.pop(0)
+        assert np.arange(*bounds)[[0, -1]][0] <= value <= np.arange(*bounds)[-1]
+        return value
+
+    def uniform(self, low, high, n=None):
+        return float(high) if n is None else np.array([float(high)] * n)
+
+
+def test_a_flip_moves_image_and_label_together():
+    """Crop 4, scale 10 / 10, no jitter, coin 0.1 < 0.5: the columns of both come out backwards."""
+    image, label = noise(4, 4), np.arange(16).reshape(4, 4)
+    still = augment(image, label, Dice([0.9], [10, 0, 0, 0]), 4)
+    flipped = augment(image, label, Dice([0.1], [10, 0, 0, 0]), 4)
+    assert (still[0] == image).all() and (still[1] == label).all()
+    assert (flipped[0] == image[:, ::-1]).all() and (flipped[1] == label[:, ::-1]).all()
+
+
+def test_a_short_image_is_padded_right_and_below():
+    """4x4 at scale 5 / 10 in a crop of 4: 2x2 of image, the rest grey 128 and IGNORE - after the flip, not before."""
+    image, label = augment(np.full((4, 4, 3), 10, np.uint8), np.full((4, 4), 3), Dice([0.1], [5, 0, 0, 0]), 4)
+    assert label.tolist() == [[3, 3, IGNORE, IGNORE]] * 2 + [[IGNORE] * 4] * 2
+    assert (image[label == 3] == 10).all() and (image[label == IGNORE] == 128).all()
+
+
+def test_the_window_is_where_the_dice_say():
+    """A 4x6 image, crop 4, window at y = 0, x = 2: columns 2 to 5."""
+    image, label = noise(4, 6), np.arange(24).reshape(4, 6)
+    out = augment(image, label, Dice([0.9], [10, 0, 2, 0]), 4)
+    assert (out[0] == image[:, 2:]).all() and (out[1] == label[:, 2:]).all()
+
+
+def test_the_eleven_scales_of_a_640_crop():
+    """Short sides 320, 384, ..., 960, all drawn; here a square of 640 shows its scale as its unpadded width."""
+    sides = set()
+    for step in range(5, 16):
+        image, label = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.int64)
+        sides.add(int((augment(image, label, Dice([0.9], [step, 0, 0, 0]), 640)[1][0] == 0).sum()))
+    assert sides == {320, 384, 448, 512, 576, 640}                  # the larger five fill the crop
+    drawn = {int(rng_for(0, 3, n).integers(5, 16)) for n in range(200)}
+    assert drawn == set(range(5, 16))
+
+
+def coded(label):
+    """An image whose colour tells its label: class i is grey-free colour number i, far from every other."""
+    hues = [colorsys.hsv_to_rgb(i / 4, 1, 0.6) for i in range(4)]
+    return np.round(255 * np.array(hues)).astype(np.uint8)[label]
+
+
+def test_image_and_label_stay_aligned_through_everything(monkeypatch):
+    """Image colours encode the label; after resize, window, flip and pad they still decode to it, away from borders."""
+    monkeypatch.setattr(images, "jitter", lambda image, rng: image)
+    label = np.kron(np.random.default_rng(0).integers(0, 4, (6, 8)), np.ones((20, 20), np.int64))
+    table = coded(np.arange(4)).astype(int)
+    for n in range(30):
+        image, out = augment(coded(label), label, rng_for(0, 3, n), 96)
+        assert image.shape == (96, 96, 3) and out.shape == (96, 96)
+        assert image.dtype == np.uint8 and out.dtype == np.int64
+        known = out != IGNORE
+        decoded = abs(image[..., None, :].astype(int) - table).sum(-1).argmin(-1)
+        assert (decoded == out)[known].mean() > 0.95 and (image[~known] == 128).all()       # bilinear blurs the borders
+        same = (out[1:-1, 1:-1] == out[:-2, 1:-1]) & (out[1:-1, 1:-1] == out[2:, 1:-1])
+        same &= (out[1:-1, 1:-1] == out[1:-1, :-2]) & (out[1:-1, 1:-1] == out[1:-1, 2:]) & known[1:-1, 1:-1]
+        assert (decoded == out)[1:-1, 1:-1][same].mean() > 0.998
+
+
+def test_hue_and_saturation_leave_grey_alone_and_turn_red_into_yellow():
+    """Grey has no hue to turn; 60 degrees (30 of OpenCV's) from red: yellow; saturation 0 leaves the largest value."""
+    grey = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
+    assert (shift_hsv(grey, 1.5, 18) == grey).all()
+    red = np.array([[[200, 0, 0]]], np.uint8)
+    assert abs(shift_hsv(red, turn=30).astype(int) - [200, 200, 0]).max() <= 5          # PIL's hue steps: 1.4 degrees
+    assert abs(shift_hsv(red, turn=-60).astype(int) - [0, 0, 200]).max() <= 5
+    assert shift_hsv(red, gain=0.0).tolist() == [[[200, 200, 200]]]
+    assert abs(shift_hsv(noise(50, 50)).astype(int) - noise(50, 50)).mean() < 1         # a round trip, nothing asked
+
+
+def test_brightness_and_contrast_by_hand():
+    """Pixel 100, shift +32, factor 1.5: 132, 150, and both (132 * 1.5 = 198); 250 stops at 255."""
+    image = np.array([[[100, 100, 100], [250, 250, 250]]], np.uint8)
+    yes, no = 0.1, 0.9
+    cases = ((yes, no, [132, 255]), (no, yes, [150, 255]), (yes, yes, [198, 255]), (no, no, [100, 250]))
+    for bright, contrast, want in cases:
+        for early in (yes, no):
+            assert jitter(image, Dice([], [0], (bright, contrast, early, no, no)))[0, :, 0].tolist() == want
+
+
+def test_the_two_orders_of_contrast_differ():
+    """(200,100,100) has saturation 1/2; contrast and saturation times 1.5, in either order.
+
+    Contrast first: (255,150,150) after clipping, saturation 105/255 * 1.5 = 0.618, others 255 * 0.382 = 97.5.
+    Contrast last: saturation 0.75 makes (200,50,50), times 1.5 (255,75,75).
+    """
+    image = np.array([[[200, 100, 100]]], np.uint8)
+    early = jitter(image, Dice([], [0], (0.9, 0.1, 0.1, 0.1, 0.9)))[0, 0].astype(int)
+    late = jitter(image, Dice([], [0], (0.9, 0.1, 0.9, 0.1, 0.9)))[0, 0].astype(int)
+    assert abs(early - [255, 97, 97]).max() <= 2 and abs(late - [255, 75, 75]).max() <= 2
+
+
+def test_hue_and_saturation_have_a_coin_each():
+    """Hue by its largest step, 18 of OpenCV's = 36 degrees, saturation by 1.5; neither waits for the other."""
+    image, no = noise(), 0.9
+    turned, saturated = (jitter(image, Dice([], [18], (no, no, no, *coins))) for coins in ((no, 0.1), (0.1, no)))
+    assert (turned == shift_hsv(image, 1.0, 18)).all() and (saturated == shift_hsv(image, 1.5, 0)).all()
+
+
+def test_jitter_changes_half_of_the_pictures_each_way():
+    """All four changes miss with probability 1/16, so about 1 of 16 pictures comes back untouched."""
+    image = noise()
+    untouched = sum((jitter(image, rng_for(0, 3, n)) == image).all() for n in range(800))
+    assert 25 <= untouched <= 80                                    # 50 expected, sigma 6.8
+
+
+# ---- command lines ----
+def test_an_input_error_ends_the_program_with_one_line_and_status_2(capsys):
+    """Also when a DataLoader worker wrapped it in a traceback of its own."""
+    def main():
+        raise InputError("Caught InputError in DataLoader worker process 0.\n ...\nimages.InputError: x.png: is gone\n")
+
+    with pytest.raises(SystemExit) as caught:
+        run_cli(main)
+    assert caught.value.code == 2 and capsys.readouterr().err == "error: x.png: is gone\n"
+    run_cli(lambda: None)                                           # and nothing happens when nothing is wrong
+
+
+def test_a_failed_write_leaves_the_old_files(tmp_path):
+    """The second place cannot be written, so the first keeps what it held, and no temporary file stays."""
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_files({tmp_path / "a.txt": "new", tmp_path / "gone/b.txt": "new"})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
