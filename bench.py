@@ -3,11 +3,12 @@
     python bench.py                 the world: images/s of PAT and SAN, training and inference, share of time per part
     python bench.py --preset coco   one 640x640 image, one training step and one inference of each, random CLIP weights
     python bench.py --preset coco-eva
+    python bench.py --preset coco --device cuda    batch 12 in training, 1 in inference, bf16; PAT by Triton and by torch
     python bench.py --loader        images/s of one data-loading process, 640x480 JPEGs; share of time per part
     python bench.py --loader --data DIR    the same of COCO-Stuff's training images, or of a folder of yours
 
 Each row runs in a process of its own, so that its peak memory is its own; its first round is not counted, the median of
-the others is.  A training round is forward, losses, backward and AdamW's step, without drawing the images.  Ratios within
+the others is.  Peak memory is the process's, on a GPU what torch held there.  A training round is forward, losses, backward and AdamW's step, without drawing the images.  Ratios within
 one call are comparable; absolute times depend on the machine and on what else it does.
 
 Tests: tests/test_bench.py.
@@ -39,12 +40,19 @@ from train import Stream, gradients, recipe, training_set
 from world import World
 
 
+def now():
+    """Seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def timed(function, name, spent):
     """`function`, adding its seconds to spent[name]."""
     def run(*args, **kwargs):
-        start = time.perf_counter()
+        start = now()
         result = function(*args, **kwargs)
-        spent[name] += time.perf_counter() - start
+        spent[name] += now() - start
         return result
     return run
 
@@ -75,28 +83,31 @@ def samples(config, n):
     return torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn]), torch.arange(n)
 
 
-def measure(preset, model_name, training, batch, rounds):
+def measure(preset, model_name, kernels, training, batch, rounds, device):
     """(median seconds a round, peak GiB, mean seconds a round, and each part's of those); run in a fresh process."""
-    config = recipe(preset, model=model_name, pretrained="none", batch=batch)
+    config = recipe(preset, model=model_name, pretrained="none", batch=batch, kernels=kernels)
     torch.manual_seed(0)
-    model = build(config).train(training)
+    model = build(config).to(device).train(training)
     names = len(World.train_names) if preset == "world" else 171
-    text = F.normalize(torch.randn(names, model.vlm.text_width), dim=-1)
+    text = F.normalize(torch.randn(names, model.vlm.text_width), dim=-1).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     micro, seconds, spent = samples(config, batch), [], defaultdict(float)
+    image = micro[0].to(device)
     for k in range(rounds + 1):
         if k == 1:
             watch(model, spent)
-        start = time.perf_counter()
+        start = now()
         if training:
             optimizer.zero_grad(set_to_none=True)
             gradients(model, text, [micro], config)
             optimizer.step()
         else:
-            with torch.no_grad():
-                model(micro[0], text)
-        seconds.append(time.perf_counter() - start)
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                model(image, text)
+        seconds.append(now() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
     seconds = seconds[1:]
     return statistics.median(seconds), peak, statistics.mean(seconds), {name: s / rounds for name, s in spent.items()}
 
@@ -144,11 +155,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", default="world", choices=("world", "coco", "coco-eva", "coco-large"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--loader", action="store_true", help="the data loader in place of the model")
     parser.add_argument("--data", metavar="DIR", help="with --loader: its images (default: 40 made up)")
     args = parse_flags(parser, argv)
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds}: takes a positive number")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
     if args.data and not args.loader:
         raise InputError("--data: only together with --loader")
     if args.loader:
@@ -156,19 +170,22 @@ def main(argv=None):
             if not args.data:
                 photos(Path(folder))
             return loader(args.data or folder, args.rounds)
-    batch, spawn = 16 if args.preset == "world" else 1, multiprocessing.get_context("spawn")
-    print(f"{args.preset}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch {batch}, "
+    batches = (16, 16) if args.preset == "world" else (12, 1) if args.device == "cuda" else (1, 1)
+    chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{args.preset}, torch {torch.__version__}, {chip}, batch {batches[0]} in training, {batches[1]} in inference, "
           f"median of {args.rounds} rounds after one")
-    print(f"{'':16}{'s/round':>9}{'images/s':>10}{'peak GiB':>10}{'vs SAN':>8}")
-    for training in (True, False):
+    print(f"{'':24}{'s/round':>9}{'images/s':>10}{'peak GiB':>10}{'vs SAN':>8}")
+    models = [("san", "auto"), ("pat", "torch")] if args.device == "cpu" else [("san", "auto"), ("pat", "triton"), ("pat", "torch")]
+    spawn = multiprocessing.get_context("spawn")
+    for training, batch in zip((True, False), batches):
         san, what = None, "training" if training else "inference"
-        for model in ("san", "pat"):
+        for model, kernels in models:
             with ProcessPoolExecutor(1, spawn) as fresh:
-                row = fresh.submit(measure, args.preset, model, training, batch, args.rounds)
+                row = fresh.submit(measure, args.preset, model, kernels, training, batch, args.rounds, args.device)
                 seconds, peak, mean, spent = row.result()
             san = san or seconds
-            ratio = seconds / san
-            print(f"{model.upper()} {what:12}{seconds:9.3f}{batch / seconds:10.1f}{peak:10.2f}{ratio:8.2f}", flush=True)
+            title = f"{model.upper()} {what}" + (f", {kernels}" if len(models) == 3 and model == "pat" else "")
+            print(f"{title:24}{seconds:9.3f}{batch / seconds:10.1f}{peak:10.2f}{seconds / san:8.2f}", flush=True)
             spent["losses, backward, optimiser" if training else "rest"] = mean - sum(spent.values())
             print("    " + ", ".join(f"{name} {100 * s / mean:.0f}%" for name, s in spent.items()), flush=True)
 

@@ -54,7 +54,7 @@ from torch import nn
 from tqdm import tqdm
 
 from images import MEAN, STD, InputError, rng_for, run_cli
-from world import OBJECTS, STUFFS, TEXTURES, scene
+from world import OBJECTS, TEXTURES, scene
 
 WORLD_WEIGHTS = Path(__file__).parent / "world_clip.safetensors"
 TESTED = ("ViT-B-16", "ViT-L-14-336", "EVA02-B-16", "EVA02-L-14-336")

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from scipy.io import loadmat
 
-from archives import Listing, Shelf
+from archives import Listing
 from images import InputError, opened, read_label
 from vocabulary import Vocabulary, load_vocabulary, pascal_context_val, read_classes
 
