@@ -140,7 +140,8 @@ def loader(root, rounds, draws=40):
             dataset.draw(0, n)
         total, cpu = time.perf_counter() - start, time.process_time() - cpu
     spent["window, flip, padding"] = total - sum(spent.values())
-    print(f"    {draws / cpu:.1f} images a second of CPU time: " + ", ".join(f"{part} {100 * s / total:.0f}%" for part, s in spent.items()))
+    shares = ", ".join(f"{part} {100 * s / total:.0f}%" for part, s in spent.items())
+    print(f"    {draws / cpu:.1f} images a second of CPU time: {shares}")
 
 
 def main(argv=None):
