@@ -114,19 +114,24 @@ class Shelf:
                 for place in sorted(base.glob(archive)) if archive else [base / folder]:
                     if archive and place.name != archive and place.name in self.known:
                         continue
-                    files = {}
-                    for name, source in self.members(place).items() if archive else walk(place):
-                        suffix = next((s for s in suffixes if name.endswith(s)), None)
-                        if suffix is None or (archive and not name.startswith(folder + "/")):
-                            continue
-                        stem = name[:-len(suffix)].rsplit("/")[-1]
-                        if stem in files:
-                            raise InputError(f"{source}: has the name of {files[stem]}; remove one of them")
-                        if not stem.startswith("."):
-                            files[stem] = source
+                    files = self.files(place, folder, suffixes)
                     if files:
                         return Listing(place, files)
         return None
+
+    def files(self, place, folder, suffixes):
+        """{stem: source} of one folder, `place` itself or inside the archive `place`, and of the folders below it."""
+        found, packed = {}, place.is_file()
+        for name, source in self.members(place).items() if packed else walk(place):
+            suffix = next((s for s in suffixes if name.endswith(s)), None)
+            if suffix is None or (packed and not name.startswith(folder + "/")):
+                continue
+            stem = name[:-len(suffix)].rsplit("/")[-1]
+            if stem in found:
+                raise InputError(f"{source}: has the name of {found[stem]}; remove one of them")
+            if not stem.startswith("."):                           # ._a.jpg is macOS's, not the dataset's
+                found[stem] = source
+        return found
 
 
 def walk(folder):

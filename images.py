@@ -138,8 +138,8 @@ def to_tensor(image):
     levels = torch.arange(256) / 255                              # a byte has 256 values: the arithmetic once for each
     table = (levels - torch.tensor(MEAN)[:, None]) / torch.tensor(STD)[:, None]                     # (3,256)
     tensor = np.empty((3, *image.shape[:2]), np.float32)
-    for channel, values, bytes in zip(tensor, table.numpy(), np.moveaxis(image, 2, 0)):
-        np.take(values, bytes, out=channel, mode="clip")          # the mode without a temporary copy
+    for channel, values, pixels in zip(tensor, table.numpy(), np.moveaxis(image, 2, 0)):
+        np.take(values, pixels, out=channel, mode="clip")         # the mode without a temporary copy
     return torch.from_numpy(tensor)
 
 

@@ -75,7 +75,7 @@ class TrainConfig(PATConfig):
     crf_samples: int = 1000            # pixels an image and stage
     restart_after: int = 0             # steps without use before a code restarts, in the first 85 % of them; 0 = never
     restart_share: float = 0.0         # "use" means more than this fraction of an even share of the features
-    workers: int = 0                   # data-loading processes
+    workers: int = 4                   # data-loading processes; one draws some 30 photos/s (bench.py --loader)
     log_every: int = 50                # steps
     save_every: int = 1000
     stop_at: int = 0                   # stop, with a checkpoint, after this many steps; --resume goes on
@@ -91,7 +91,8 @@ def recipe(name, **changes):
             lr=8e-4, warmup=100, clip=1.0, weight_decay=0.01,
             points=1024, crf_samples=128,                     # a scene has 4,096 pixels
             w_vq=5.0, w_rec=60.0,      # 0.1 and 1 in the paper, which trains 140 times longer and adds LPIPS
-            restart_after=10, restart_share=0.2, save_every=200, log_every=20)
+            restart_after=10, restart_share=0.2, save_every=200, log_every=20,
+            workers=0)                                        # a scene is drawn in a millisecond
     return TrainConfig(**{**numbers, **changes})
 
 

@@ -45,6 +45,7 @@ def test_the_loader_row_adds_up_to_the_whole_draw(tmp_path, capsys):
     loader(tmp_path, rounds=1, draws=2)
     rate, parts = capsys.readouterr().out.splitlines()
     assert rate.startswith("loader, 640x640 crops, 2 images: ") and rate.endswith("median of 1 rounds of 2")
+    assert "images a second of CPU time: " in parts
     shares = [int(part.split()[-1].rstrip("%")) for part in parts.split(", ") if part[-1] == "%"]
     assert len(shares) == 6 and 97 <= sum(shares) <= 103
     assert (data.read_image, data.to_tensor, images.resize_short, images.jitter) == before
