@@ -31,23 +31,35 @@ from kernels import path
 CHUNK = 4096                               # rows scored at a time on the CPU: (4096,K) scores stay in its cache
 
 
+@torch.no_grad()
+def nearest(x, codes):
+    """The index of the largest dot product, the lowest on a tie; NaN counts as largest.  x (n,D), codes (K,D) -> (n) int64"""
+    if x.device.type != "cpu":
+        return (x @ codes.T).argmax(1)
+    index, best = torch.empty(len(x), dtype=torch.int64), x.new_empty(len(x))
+    scores = x.new_empty(min(CHUNK, len(x)), len(codes))      # one piece of memory for all chunks
+    for part, *out in zip(x.split(CHUNK), best.split(CHUNK), index.split(CHUNK)):
+        torch.max(torch.mm(part, codes.T, out=scores[:len(part)]), 1, out=out)            # twice as fast as argmax
+    return index
+
+
 def assign(x, codes):
     """Each feature's code by largest cosine, ties to the lowest index.
 
     x (n,D) of any length, codes (K,D) of any length -> index (n) int64, code (n,D) unit, cosine (n) in [-1,1].  A zero
     feature has index 0 and cosine 0; one with NaN has index 0 and cosine NaN.
     """
-    codes, rows = g(codes).to(x.dtype), CHUNK if x.device.type == "cpu" else max(len(x), 1)
-    parts = [(part @ codes.T).max(1) for part in x.split(rows)]                           # over the codes
-    score, index = (torch.cat(found) for found in zip(*parts))
-    cosine = score / x.norm(dim=1).clamp(min=1e-12)           # |x| changes no argmax, so only the winner is divided by it
-    return index, F.embedding(index, codes), cosine           # not codes[index]: its gradient sums in a random order
+    codes = g(codes).to(x.dtype)
+    index = nearest(x, codes)                                 # |x| changes no argmax, so only the winner is divided by it
+    code = F.embedding(index, codes)                          # not codes[index]: its gradient sums in a random order
+    return index, code, torch.einsum("nd,nd->n", x, code) / x.norm(dim=1).clamp(min=1e-12)
 
 
 def assign_dot(x, codes):
     """Eq. 1's VQ off the sphere: the largest dot product, so length counts.  Same shapes as `assign`."""
-    score, index = (x @ codes.T).max(1)
-    return index, F.embedding(index, codes), score
+    index = nearest(x, codes)
+    code = F.embedding(index, codes)
+    return index, code, torch.einsum("nd,nd->n", x, code)
 
 
 def straight_through(x, code):
@@ -65,15 +77,16 @@ def quantise(x, codes, beta=0.25):
 
     zq has the value of the chosen unit codes and the gradient of g(x); `beta` is the 0.25 of the header's loss.
     """
-    index, code, _ = assign(x, codes)
-    x, counts = g(x), torch.bincount(index, minlength=len(codes))
+    x, codes = g(x), g(codes).to(x.dtype)
+    index = nearest(x, codes)
+    code, counts = F.embedding(index, codes), torch.bincount(index, minlength=len(codes))
     return straight_through(x, code), index, commitment_loss(x, code, beta), counts
 
 
 def quantise_dot(x, codes, beta=0.25):
     """`quantise` off the sphere (Table II, "no vMF"): the largest dot product of raw vectors."""
-    index, code, _ = assign_dot(x, codes)
-    counts = torch.bincount(index, minlength=len(codes))
+    index = nearest(x, codes)
+    code, counts = F.embedding(index, codes), torch.bincount(index, minlength=len(codes))
     return straight_through(x, code), index, commitment_loss(x, code, beta), counts
 
 
