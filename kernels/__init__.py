@@ -14,16 +14,15 @@ import os
 
 CHOICES = ("auto", "torch", "triton")
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_D = 64                                 # attention: at a head of 128 or 240 numbers every backward tile spills
-MAX_ASSIGN_D = 128
+MAX_D = 64                                 # numbers a row; with 128 or 240 the tiles that were tried spill registers
 MAX_KAPPA = 43.0                           # exp(-2 * 43) is about the smallest normal fp32; the shift is fixed
 
 
 def path(choice, device, dtype, D, kappa=None):
     """"triton" or "torch", for tensors of this device and dtype with D numbers a row (kappa: for attention).
 
-    "auto" takes the kernel on a GPU where it is defined: fp32, bf16 or fp16, D <= 64 and 0 < kappa <= 43 in attention,
-    D <= 128 in assignment.  "triton" raises ValueError where it is not defined.
+    "auto" takes the kernel on a GPU where it is defined: fp32, bf16 or fp16, D <= 64, and in attention
+    0 < kappa <= 43.  "triton" raises ValueError where it is not defined.
     """
     if choice not in CHOICES:
         raise ValueError(f"kernels {choice!r}: there are {', '.join(CHOICES)}")
@@ -37,14 +36,14 @@ def path(choice, device, dtype, D, kappa=None):
 
 def limits(device, dtype, D, kappa=None):
     """Why a kernel does not take such inputs, in words; "" if it does."""
-    name, most = str(dtype).removeprefix("torch."), MAX_ASSIGN_D if kappa is None else MAX_D
+    name = str(dtype).removeprefix("torch.")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "on", "yes", "y"):
         return (f"the Triton kernels run on a GPU, not on {device.type}: use kernels torch, or set TRITON_INTERPRET=1 "
                 "before Python starts, to try them slowly")
     if name not in DTYPES:
         return f"the Triton kernels take {', '.join(DTYPES)}, not {name}: use kernels torch"
-    if not 1 <= D <= most:
-        return f"the Triton kernel takes rows of 1 to {most} numbers, not {D}: use kernels torch"
+    if not 1 <= D <= MAX_D:
+        return f"the Triton kernels take rows of 1 to {MAX_D} numbers, not {D}: use kernels torch"
     if kappa is not None and not 0 < kappa <= MAX_KAPPA:
         return f"kappa {kappa:g}: the Triton kernel is safe for 0 < kappa <= {MAX_KAPPA:g}, use kernels torch"
     return ""

@@ -328,19 +328,18 @@ def tune():
 
     from kernels import mean_shift, vmf_assign
     capability = torch.cuda.get_device_capability()
-    for module, key_of, dtypes in ((vmf_assign, lambda how: (capability, how), (torch.float32, torch.bfloat16)),
-                                   (mean_shift, lambda how: (capability, how, 32), (torch.float32, torch.bfloat16))):
-        for dtype in dtypes:
-            how = module.mode(dtype)
+    for module in (vmf_assign, mean_shift):
+        for dtype in (torch.float32, torch.bfloat16):
+            how, key = module.mode(dtype), (capability, module.mode(dtype), 32)
             attention = module is mean_shift
             inputs, ups = make(*(("attention", (12, HEADS, 128, 1600, D)) if attention else ("assign", (307200, 128))),
                                dtype, "cuda")
             function = ours("attention" if attention else "quantise")
-            entry = dict(module.TILES[(None, *key_of(how)[1:])])
+            entry = dict(module.TILES[None, *key[1:]])
             for kernel in entry:
                 best = None
                 for tile in every((32, 64, 128), (32, 64, 128), (4, 8)):
-                    module.TILES[key_of(how)] = {**entry, kernel: tile}
+                    module.TILES[key] = {**entry, kernel: tile}
                     try:
                         seconds = median_seconds(lambda: once(function, inputs, ups, True), [()], 20)
                     except Exception as failure:              # tiles that do not fit the GPU: said, and left out
@@ -349,7 +348,7 @@ def tune():
                     best = min(best or (seconds, tile), (seconds, tile))
                 entry[kernel] = best[1]
                 print(f"  {module.__name__} {how} {kernel}: {best[1]} at {best[0] * 1e6:.0f} us a step", flush=True)
-            print(f"    {key_of(how)}: dict({', '.join(f'{k}={v}' for k, v in entry.items())}),", flush=True)
+            print(f"    {key}: dict({', '.join(f'{k}={v}' for k, v in entry.items())}),", flush=True)
 
 
 def main():

@@ -51,11 +51,12 @@ def launches():
     meta, found = torch.device("meta"), {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         label = str(dtype).removeprefix("torch.")
-        for K in (128,) if dtype == torch.float16 else (128, 256):
-            x, e = torch.empty(307200, 32, dtype=dtype, device=meta), torch.empty(K, 32, dtype=dtype, device=meta)
-            row = torch.empty(1, device=meta).expand(307200)
-            found[f"assign {label} K={K}"], (_, index, *_) = vmf_assign.plan_forward(x, e)
-            found[f"quantise backward {label} K={K}"], _ = vmf_assign.plan_backward(x, e.float(), index, x, row, None, row)
+        row = torch.empty(1, device=meta).expand(307200)
+        for D, K in ((32, 128),) if dtype == torch.float16 else ((32, 128), (32, 256), (64, 128)):
+            x, e = torch.empty(307200, D, dtype=dtype, device=meta), torch.empty(K, D, dtype=dtype, device=meta)
+            size = f"{label} D={D} K={K}"
+            found[f"assign {size}"], (_, index, *_) = vmf_assign.plan_forward(x, e)
+            found[f"quantise backward {size}"], _ = vmf_assign.plan_backward(x, e.float(), index, x, row, None, row)
         for D in {torch.float16: (32,), torch.bfloat16: (30, 32, 64)}.get(dtype, (32, 64)):
             q, k = (torch.empty(12, 8, n, D, dtype=dtype, device=meta) for n in (128, 1600))
             mask = torch.empty(12, 1600, dtype=torch.uint8, device=meta) if D == 64 else None

@@ -54,9 +54,9 @@ from kernels.vmf_assign import assign
 # every GPU that has no entry of its own.  `python kernels/bench.py --tune` prints entries for the GPU it runs on; none
 # was measured yet.  These are the largest that compile without spilling (compile_report.py).
 TILES = {(None, "bf16", 32): dict(forward=(128, 64, 8), keys=(32, 64, 4), queries=(64, 64, 4)),
-         (None, "bf16", 64): dict(forward=(128, 64, 8), keys=(32, 64, 4), queries=(64, 32, 4)),
+         (None, "bf16", 64): dict(forward=(128, 64, 8), keys=(32, 32, 4), queries=(64, 32, 4)),
          (None, "tf32", 32): dict(forward=(64, 64, 4), keys=(32, 64, 4), queries=(64, 64, 4)),
-         (None, "tf32", 64): dict(forward=(64, 64, 4), keys=(32, 64, 4), queries=(64, 64, 4)),
+         (None, "tf32", 64): dict(forward=(64, 64, 4), keys=(32, 32, 4), queries=(64, 64, 4)),
          (None, "fp32", 32): dict(forward=(64, 64, 4), keys=(32, 64, 4), queries=(64, 32, 4)),
          (None, "fp32", 64): dict(forward=(64, 32, 8), keys=(16, 32, 4), queries=(32, 32, 4))}
 

@@ -28,7 +28,7 @@ The gradient.  zq = g(x) + sg(code - g(x)), d = mean over N*D of |g(x) - code|²
 `assign` has the same two with a = b = dL/dcosine of each row, no grad_zq, and Σ grad_code added to the codes'.
 
 Ties go to the lowest code; a zero row has index 0 and cosine 0, a row with NaN index 0 and cosine NaN, as in vq.py.
-Limits: D <= 128; rows shorter than 1e-12 count as zero rows; rows so long that |x|² overflows are not defined.
+Limits: D <= 64; rows shorter than 1e-12 count as zero rows; rows so long that |x|² overflows are not defined.
 
 Measured on a GPU: not yet.  On the CPU see `python kernels/bench.py`; registers and memory: compile_report.py.
 Tests: tests/test_kernels.py.  Read next: mean_shift.py.
@@ -42,9 +42,15 @@ import triton.language as tl
 from kernels import limits
 from kernels.tile import Launch, check_together, mode, multiprocessors, power_of_two, product, rounds, through_unit, unit
 
-# Tiles (ROWS features, CHUNK or CODES codes, warps) by (capability, mode); capability None stands for every GPU that has
-# no entry of its own.  `python kernels/bench.py --tune` prints entries for the GPU it runs on; none was measured yet.
-TILES = {(None, how): dict(forward=(64, 64, 4), backward=(64, 128, 8)) for how in ("bf16", "tf32", "fp32")}
+# Tiles (ROWS features, CHUNK or CODES codes, warps) by (capability, mode, D rounded up to 32 or 64); capability None is
+# every GPU that has no entry of its own.  `python kernels/bench.py --tune` prints entries for the GPU it runs on; none was
+# measured yet.  These compile without spilling (compile_report.py).
+TILES = {(None, "bf16", 32): dict(forward=(64, 64, 4), backward=(64, 128, 8)),
+         (None, "bf16", 64): dict(forward=(64, 64, 4), backward=(64, 128, 8)),
+         (None, "tf32", 32): dict(forward=(64, 32, 4), backward=(64, 128, 8)),
+         (None, "tf32", 64): dict(forward=(64, 32, 4), backward=(64, 128, 8)),
+         (None, "fp32", 32): dict(forward=(64, 64, 4), backward=(64, 128, 8)),
+         (None, "fp32", 64): dict(forward=(32, 64, 4), backward=(64, 128, 8))}
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -141,9 +147,10 @@ def count_kernel(
 
 
 def tiles(x, kernel):
-    """(ROWS, CHUNK or CODES, warps) of a kernel for x's GPU and dtype."""
+    """(ROWS, CHUNK or CODES, warps) of a kernel for x's GPU, dtype and width."""
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
-    return TILES.get((capability, mode(x.dtype)), TILES[None, mode(x.dtype)])[kernel]
+    key = mode(x.dtype), power_of_two(x.shape[1], least=32)
+    return TILES.get((capability, *key), TILES[None, *key])[kernel]
 
 
 def plan_forward(x, e):
@@ -194,7 +201,7 @@ def rows_of(x):
 
 @torch.library.custom_op("pat::vmf_assign", mutates_args=())
 def vmf_assign(x: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (N,D), unit codes e (K,D) fp32 -> code (N,D) in x's dtype, index (N), cosine (N), distance (N) = |g(x)-code|²"""
+    """x (N,D), unit codes e (K,D) fp32 -> code (N,D) in x's dtype, index, cosine and distance |g(x)-code|², (N) each"""
     launch, out = plan_forward(rows_of(x), e.to(x.dtype).contiguous())
     launch.run()
     return out
