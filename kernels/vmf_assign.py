@@ -7,9 +7,9 @@ the winner's cosine is divided by its length.
 
 What is read and written, in numbers a feature of D = 32 (K = 128 codes stay in the cache):
 
-              plain (vq.assign)                                          here
-    forward   x, g(x) twice, K scores twice, code, 3       = 32*4+256+3  x, index, code, cosine, distance      = 32*2+3
-    backward  several passes over (N,32), K scores unread                x, index, grad twice                 = 32*3+1
+              Eq. 1 word by word                                              here
+    forward   x; g(x) and K scores, written and read; code; 3   = 387         x, code, index, cosine, distance      = 67
+    backward  three to five passes over (N,32)                                x, grad of zq, grad of x, index       = 97
 
 Who owns what: program i of `assign_kernel` owns ROWS features and walks over all codes, CHUNK at a time.  Program (p, c)
 of `backward_kernel` owns codes c*CODES... and every tile of features from p*rounds on; it adds its tiles in order, by a

@@ -446,6 +446,34 @@ def test_training_with_and_without_kernels_gives_the_same_losses(launched):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
+def kernel_bench():
+    spec = importlib.util.spec_from_file_location("kernel_bench", ROOT / "kernels/bench.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_compares_equals():
+    """Every contender that is ours to write computes what the project's own function computes, gradients included."""
+    bench = kernel_bench()
+    for operation, size, backward in (("assign", (50, 9), False), ("assign", (50, 9), True), ("attention", (2, 3, 4, 20, 6), True)):
+        inputs, ups = bench.make(operation, size, torch.float32, DEVICE)
+        makers = bench.contenders(operation, backward)
+        wanted = bench.once(makers["ours"](size[1], DEVICE), inputs, ups, backward)
+        for name in set(makers) - {"ours", "torch.compile", bench.LIBRARY}:
+            found = bench.once(makers[name](size[1], DEVICE), inputs, ups, backward)
+            for a, b in zip(found, wanted):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_floors_of_the_benchmark_by_hand():
+    """100 fp32 features of 32 to 7 codes: 100*(2*32*4 + 16) bytes, 2*100*7*32 operations; attention likewise."""
+    bench = kernel_bench()
+    assert bench.cost("assign", (100, 7), torch.float32, False) == (27200, 44800)
+    assert bench.cost("assign", (100, 7), torch.bfloat16, True) == (100 * (2 * 32 * 2 + 16) + 100 * (3 * 32 * 2 + 8), 51200)
+    assert bench.cost("attention", (1, 2, 3, 5, 4), torch.float32, False) == (8 * (6 + 10) * 4, 4 * 2 * 3 * 5 * 4)
+
+
 # --- bugs that were planted on purpose --------------------------------------------------------------------------------
 
 PLANTED = {
