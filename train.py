@@ -41,12 +41,13 @@ from tqdm import tqdm
 from ablations import STEPS, ablate, ablation_seeds
 from clip import pretrain
 from data import Folder, open_dataset
-from eval import format_table, sample_sheet, score_table, write_scores
+from eval import format_table, score_table, write_scores
 from hsattn import g
 from images import InputError, parse_flags, rng_for, run_cli, to_unit, write_files
 from kernels import path
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
 from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state, warm_start
+from pictures import sample_sheet
 from published import NotFound
 from san import trainable
 from vq import codebook_health, restart_dead_codes
