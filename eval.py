@@ -1,10 +1,17 @@
 """Scores and pictures of a trained run: how well it names pixels, repaints the image and uses its codebooks.
 
     python eval.py runs/pat --compare runs/san        one table over the test set: text, JSON and a contact sheet
+    python eval.py runs/pat --data DIR                the same over a folder with images/, labels/ and classes.txt
+    python eval.py runs/pat --dataset all --data DIR  the six published datasets, as far as their archives are in DIR
     python eval.py runs/pat --image photo.jpg --labels "red star, grass, something else" --out out.png
+    torchrun --nproc_per_node=2 eval.py ...           the same scores, from as many processes
 
-How a picture becomes names is inference.py, what the names are worth is metrics.py; here are the tables and the commands.
-All scores are fractions 0..1, in the table and in the JSON; PSNR is in dB.
+How a picture becomes names is inference.py, what the names are worth metrics.py, how a long pass is cut into pieces
+tally.py; here are the tables and the commands.  A command that was stopped goes on when it is given again; finished, it
+starts anew.  All scores are fractions 0..1, in the tables and in the JSON; PSNR is in dB.
+
+"seen" names are, letter by letter, among those the run was trained with (RUN/names.txt, or COCO-Stuff's 171 where a run
+has none); a score file says by which list, and holds the checksums of the names it used and of the labels' source.
 
 Tests: tests/test_eval.py.  Read next: train.py.
 """
@@ -12,80 +19,58 @@ Tests: tests/test_eval.py.  Read next: train.py.
 import argparse
 import dataclasses
 import json
+import os
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 from clip import VLM, open_model
-from data import Folder
-from images import InputError, palette, parse_flags, parse_names, read_image, run_cli, to_unit, write_files
-from inference import segment, segment_dense, segment_photo
-from losses import VGG, load_lpips
-from metrics import chance, codebook_scores, confusion, mean, reconstruction_scores, scores, tally_tokens
+from data import Folder, open_dataset
+from images import InputError, checksum, palette, parse_flags, parse_names, read_image, run_cli, write_files
+from inference import segment_photo
+from losses import VGG
+from metrics import chance
 from pat import load_run
 from pictures import legend, overlay, resize, sample_sheet, to_image, token_map
+from published import COUNTS, NotFound
+from tally import Pass, evaluate, evaluate_dense, forget
+from vocabulary import DATASETS, load_vocabulary, read_classes
 from world import World
 
-
-def evaluate(model, dataset, names=None, device="cpu", progress=True, images=None):
-    """One row of the table: the model over the first `images` (default all) of a dataset, one at a time, fp32.
-
-    -> dict: images, segmentation (see `scores`), reconstruction (means over images) and codebooks (see there); the last
-    two are None and {} for SAN.
-    """
-    names, was_training = names or dataset.names, model.training
-    model.eval().to(device)
-    text, matrix, painted, tally = model.vlm.embed_text(names), 0, [], {}
-    n = min(images or len(dataset), len(dataset))
-    for i in tqdm(range(n), desc="scoring", unit="image", disable=not progress):
-        sample = dataset[i]
-        prediction, seen = segment(model, sample["image"], text, sample["label"].shape)
-        matrix = matrix + confusion(prediction, sample["label"], len(names))
-        if seen:
-            target = to_unit(sample["image"]).to(device)
-            painted.append(reconstruction_scores(seen["image"], target, load_lpips(str(device))))
-            tally_tokens(tally, seen, model)
-    model.train(was_training)
-    repainted = {key: mean([row[key] for row in painted]) for key in painted[0]} if painted else None
-    return {"images": n, "segmentation": scores(matrix, dataset.groups), "reconstruction": repainted,
-            "codebooks": codebook_scores(tally, model)}
-
-
-def evaluate_dense(vlm, stride, dataset, names=None, device="cpu", progress=True, images=None):
-    """The MaskCLIP-style row, for an untrained `vlm`; the same images, sizes and rules as `evaluate`."""
-    names = names or dataset.names
-    text, matrix = vlm.eval().to(device).embed_text(names), 0
-    n = min(images or len(dataset), len(dataset))
-    for i in tqdm(range(n), desc="MaskCLIP", unit="image", disable=not progress):
-        sample = dataset[i]
-        prediction = segment_dense(vlm, stride, sample["image"], text, sample["label"].shape)
-        matrix = matrix + confusion(prediction, sample["label"], len(names))
-    return {"images": n, "segmentation": scores(matrix, dataset.groups), "reconstruction": None, "codebooks": {}}
-
-
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 COLUMNS = {"mIoU": "mIoU", "mIoU_old_rule": "old rule", "mIoU_seen": "seen", "mIoU_unseen": "unseen",
            "mIoU_stuff": "stuff", "foreground_accuracy": "fg/bg", "pixel_accuracy": "pixel acc",
            "mean_accuracy": "mean acc", "fwIoU": "fwIoU",
            "PSNR": "PSNR dB", "SSIM": "SSIM", "L1": "L1", "LPIPS": "LPIPS"}
+RULES = ("mIoU: the mean IoU of the names with ground truth (detectron2 since July 2022).  old rule (its release 0.6): the "
+         "same sum, but names without ground truth that were predicted are counted, as zeros.")
 
 
-def format_table(table):
-    """The table of `score_table` as text; a dash is "not applicable", "n/m" is "not measured"."""
-    rows, width = table["rows"], max(map(len, table["rows"]))
+def format_rows(rows):
+    """Rows of `evaluate` by label -> lines; a dash is "not applicable", "n/m" "not measured", "same" that rules agree."""
+    width = max(map(len, rows))
     columns = {key: title for key, title in COLUMNS.items()
                if any(key in row["segmentation"] or key in (row["reconstruction"] or {}) for row in rows.values())}
-    lines = [f"{table['data']}: {table['images']} images, {len(table['names'])} names.  Fractions 0..1; PSNR in dB.",
-             " ".join([" " * width] + [f"{title:>8}" for title in columns.values()])]
+    lines = [" ".join([" " * width] + [f"{title:>8}" for title in columns.values()])]
     for label, row in rows.items():
         values = {**row["segmentation"], **(row["reconstruction"] or {})}
-        cells = ["-" if key not in values else "n/m" if values[key] is None else
-                 f"{values[key]:.2f}" if key == "PSNR" else f"{values[key]:.3f}" for key in columns]
-        lines.append(" ".join([f"{label:{width}}"] + [f"{cell:>8}" for cell in cells]))
+        cells = {key: "-" if key not in values else "n/m" if values[key] is None else
+                 f"{values[key]:.2f}" if key == "PSNR" else f"{values[key]:.3f}" for key in columns}
+        if not values["absent_predicted"]:
+            cells["mIoU_old_rule"] = "same"
+        lines.append(" ".join([f"{label:{width}}"] + [f"{cells[key]:>{max(8, len(columns[key]))}}" for key in columns]))
+    return lines
+
+
+def format_codebooks(rows):
+    """What PAT's codebooks did, a line per row and stage, and why LPIPS is missing where it is."""
+    lines = []
     if any((row["reconstruction"] or {}).get("LPIPS", 0) is None for row in rows.values()):
         lines.append(f"LPIPS n/m: not measured, its backbone {VGG} is not in the torch hub cache.")
     for label, row in rows.items():
@@ -93,7 +78,50 @@ def format_table(table):
             cosine = "-" if code["cosine"] is None else f"{code['cosine']:.3f}"
             lines.append(f"{label}: {stage:6} codebook of {code['codes']:4}: perplexity {code['perplexity']:6.1f}, "
                          f"used {code['share_used']:.3f}, mean cosine {cosine}, unchanged by bf16 {code['bf16']:.4f}")
+    return lines
+
+
+def absences(rows):
+    """Which rows have names without ground truth, and what that does to the two rules, a line each."""
+    lines = []
+    for label, row in rows.items():
+        s = row["segmentation"]
+        if s["absent"]:
+            lines.append(f"{label}: {s['absent']} of {len(s['IoU'])} names have no ground truth in these images, "
+                         f"{s['absent_predicted']} of them were predicted" +
+                         (": the two rules differ" if s["absent_predicted"] else ""))
+    return lines and [RULES, *lines]
+
+
+def format_table(table):
+    """The table of `score_table` as text."""
+    lines = [f"{table['data']}: {table['images']} images, {len(table['names'])} names.  Fractions 0..1; PSNR in dB."]
+    lines += format_rows(table["rows"]) + format_codebooks(table["rows"]) + absences(table["rows"])
     return "\n".join(lines + table["notes"]) + "\n"
+
+
+def format_published(tables, missing):
+    """{dataset: table of `published_table`} and {dataset: what it needs} as one text, in the order of the benchmarks."""
+    rows = {name: next(iter(table["rows"].values())) for name, table in tables.items()}
+    first = next(iter(tables.values()))
+    head, *body = format_rows(rows)
+    lines = [f"{next(iter(first['rows']))} on the published datasets in {first['data']}.  Fractions 0..1; PSNR in dB.",
+             f"{head}      images  names             labels"]
+    for line, table in zip(body, tables.values()):
+        counts = f"{table['images']}/{table['published_images']}"
+        names = table["checksum"] + ("" if table["names_file"] is None else f" (--names {table['names_file']})")
+        lines.append(f"{line} {counts:>11}  {names:16}  {table['route']}")
+    lines += [f"{name}: not there: {needs}" for name, needs in missing.items()]
+    lines += absences(rows) + list(dict.fromkeys(note for table in tables.values() for note in table["notes"]))
+    return "\n".join(lines) + "\n"
+
+
+def table_of(model, dataset, data, rows, notes, names_file=None):
+    """What every score file holds besides its rows: which data, which names, which model."""
+    return {"data": str(data), "images": next(iter(rows.values()))["images"], "route": dataset.route,
+            "checksum": dataset.checksum, "names_file": names_file, "names": list(dataset.names),
+            "groups": {key: list(ids) for key, ids in dataset.groups.items()}, "torch": torch.__version__,
+            "config": dataclasses.asdict(model.config), "rows": rows, "notes": notes}
 
 
 def write_scores(path_stem, table):
@@ -102,61 +130,147 @@ def write_scores(path_stem, table):
     write_files({f"{path_stem}.txt": format_table(table), f"{path_stem}.json": text})
 
 
-# --- the two commands -----------------------------------------------------------------------------------------------
+# --- the world, or a folder of your own -----------------------------------------------------------------------------
 
 
-def test_set(config, data=None, ignore=255, images=None):
+def test_set(config, data=None, ignore=255, images=None, names=None):
     """What a run is scored on: the folder `data`, or the world's test scenes for a run of the world."""
     if data is not None:
-        return Folder(data, ignore=ignore, short_side=config.short_side, long_side=config.long_side)
+        return Folder(data, ignore=ignore, short_side=config.short_side, long_side=config.long_side, names=names)
     if config.preset != "world" or config.data:
         raise InputError("a run that was trained on a folder is scored on one: give --data DIR")
     return World("val", **({} if images is None else {"length": images}))
 
 
-def score_table(runs, device="cpu", progress=True, images=None, data="the world's test scenes"):
+def score_table(runs, device="cpu", how=Pass(), data="the world's test scenes", names_file=None):
     """The whole table: one row per run, then MaskCLIP-style, then chance.
 
-    runs {label: (model, config, dataset)}: the first is the run in question, and the same pixels must be behind all.
+    runs {label: (model, dataset)}: the first is the run in question, and the same pixels must be behind all.
     The MaskCLIP row uses the first run's VLM as it was before training, which tunes its position embedding.
     """
-    model, config, dataset = next(iter(runs.values()))
-    rows = {label: evaluate(m, d, device=device, progress=progress, images=images) for label, (m, _, d) in runs.items()}
+    model, dataset = next(iter(runs.values()))
+    rows = {label: evaluate(m, d, device=device, how=how._replace(title=f"{how.title}-{k}"))
+            for k, (label, (m, d)) in enumerate(runs.items())}
     first, notes = next(iter(rows.values())), []
     try:
         c = model.config
         vlm = VLM(*open_model(c.vlm, c.pretrained), scale=c.clip_scale, depths=c.depths)
-        rows["MaskCLIP, no training"] = evaluate_dense(vlm, model.stride, dataset, None, device, progress, images)
+        rows["MaskCLIP, no training"] = evaluate_dense(vlm, model.stride, dataset, None, device,
+                                                       how._replace(title=f"{how.title}-maskclip"))
     except InputError as error:
         notes.append(f"MaskCLIP row not measured: {error}")
     guess = chance(first["segmentation"]["pixels"], dataset.groups)
     rows["chance"] = {"images": first["images"], "segmentation": guess, "reconstruction": None, "codebooks": {}}
-    return {"data": str(data), "images": first["images"], "names": list(dataset.names),
-            "groups": {key: list(ids) for key, ids in dataset.groups.items()}, "torch": torch.__version__,
-            "config": dataclasses.asdict(config), "rows": rows, "notes": notes}
+    return table_of(model, dataset, data, rows, notes, names_file)
 
 
-def score_command(args):
+def score_command(args, how):
     """`eval.py RUN [--compare RUN ...]`: print the table, write scores.txt, scores.json and samples.png into RUN."""
-    runs = {}
+    runs, names = {}, read_classes(Path(args.names)) if args.names else None
     for path in [args.run, *args.compare]:
         model, config = load_run(path, args.device)
         label = f"{config.model.upper()} {path}"
         if label in runs:
             raise InputError(f"{path} is named twice")
-        runs[label] = model, config, test_set(config, args.data, args.ignore, args.images)
-    table = score_table(runs, args.device, images=args.images, data=args.data or "the world's test scenes")
-    model, _, dataset = next(iter(runs.values()))
+        runs[label] = model, test_set(config, args.data, 255 if args.ignore is None else args.ignore, args.images, names)
+    how = how._replace(title=("world" if args.data is None else "folder") + (f"-first-{args.images}" if args.images else ""))
+    table = score_table(runs, args.device, how, args.data or "the world's test scenes", args.names)
+    if how.rank > 0:
+        return
+    model, dataset = next(iter(runs.values()))
     sheet = sample_sheet(model, dataset, device=args.device)
     write_scores(Path(args.run) / "scores", table)
     write_files({Path(args.run) / "samples.png": sheet})
+    for row in (*range(len(runs)), "maskclip"):
+        forget(how.folder, f"{how.title}-{row}")
     print(format_table(table), end="")
     print(f"written: scores.txt, scores.json and samples.png in {args.run}")
 
 
-def photo_command(args):
+# --- the published datasets -----------------------------------------------------------------------------------------
+
+
+def training_names(run):
+    """(names, where they are from) of what a run was trained with: its names.txt, or COCO-Stuff's 171."""
+    path = Path(run) / "names.txt"
+    if path.is_file():
+        names = read_classes(path)
+        return names, f"the {len(names)} names of {path} ({checksum(names)})"
+    names = load_vocabulary("coco-stuff").names
+    return names, f"COCO-Stuff's {len(names)} ({path.parent} does not say which names it was trained with)"
+
+
+def open_published(args, config, training):
+    """({name: dataset}, {name: what it needs}) of the datasets asked for.
+
+    Raises InputError where one that was asked for by name, or every one, is not there, and where one is broken.
+    """
+    every = "all" in args.dataset
+    if args.names and (every or len(args.dataset) > 1):
+        raise InputError("--names replaces the names of one dataset: give one --dataset with it")
+    names = read_classes(Path(args.names)) if args.names else None
+    found, missing = {}, {}
+    for name in DATASETS if every else dict.fromkeys(args.dataset):
+        try:
+            found[name] = open_dataset(name, args.data, short_side=config.short_side, long_side=config.long_side,
+                                       names=names, training=training)
+        except NotFound as error:
+            if not every:
+                raise
+            missing[name] = error.missing
+    if not found:
+        raise InputError(f"{args.data}: none of the published datasets is there; python data.py check {args.data} says "
+                         "what each needs")
+    return found, missing
+
+
+def published_table(label, model, dataset, row, args, origin):
+    """The table of one published dataset; see `table_of`."""
+    c, name = model.config, dataset.name
+    notes = [f"seen: names that are, letter by letter, among {origin}.  unseen: the others."]
+    if (c.short_side, c.long_side) != (640, 2560):
+        notes.append(f"Images: short side {c.short_side}, long side at most {c.long_side}; published scores: 640, 2560.")
+    return {**table_of(model, dataset, args.data, {label: row}, notes, args.names), "dataset": name,
+            "published_images": COUNTS[name]["val"], "published_checksum": load_vocabulary(name).checksum,
+            "where": dataset.found.where, "training_names": origin}
+
+
+def published_command(args, how):
+    """`eval.py RUN --dataset all --data DIR`: a row per dataset, printed, and written into RUN/scores as it is done.
+
+    NAME.txt and NAME.json hold one, published.txt all of `--dataset all`; with --images N, names end in -first-N.
+    """
+    model, config = load_run(args.run, args.device)
+    training, origin = training_names(args.run)
+    found, missing = open_published(args, config, training)
+    label, tail, tables = f"{config.model.upper()} {args.run}", f"-first-{args.images}" if args.images else "", {}
+    for name, dataset in found.items():
+        row = evaluate(model, dataset, device=args.device, how=how._replace(title=name + tail))
+        tables[name] = published_table(label, model, dataset, row, args, origin)
+        if how.rank == 0:
+            text = json.dumps(tables[name], indent=1, allow_nan=False)
+            alone = format_published({name: tables[name]}, {}) + "\n".join(format_codebooks({name: row})) + "\n"
+            write_files({how.folder / f"{name}{tail}.json": text, how.folder / f"{name}{tail}.txt": alone})
+    if how.rank > 0:
+        return
+    text, files = format_published(tables, missing), [f"{name}{tail}.json and .txt" for name in tables]
+    if "all" in args.dataset:
+        write_files({how.folder / f"published{tail}.txt": text})
+        files.append(f"published{tail}.txt")
+    for name in tables:                                       # only now: stopped before, nothing is scored twice
+        forget(how.folder, name + tail)
+    print(text, end="")
+    print(f"written: {', '.join(files)} in {how.folder}")
+
+
+# --- any picture ----------------------------------------------------------------------------------------------------
+
+
+def photo_command(args, how):
     """`eval.py RUN --image FILE --labels "a, b" --out OUT`: any picture, any words, drawn at its own size."""
     out = Path(args.out)
+    if how.processes > 1:
+        raise InputError("--image segments one picture, on one process: leave torchrun out")
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE or not out.parent.is_dir():
         raise InputError(f"--out {out}: needs an existing folder and a picture's ending, such as out.png")
     names, picture = parse_names(args.labels), read_image(args.image)                         # (H,W,3) uint8
@@ -178,13 +292,68 @@ def photo_command(args):
         print("SAN has no tokens and repaints nothing: no token maps, no reconstruction")
 
 
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def process_group(device):
+    """(rank, processes, device) while what torchrun started is joined, by gloo; (0, 1, device) without torchrun."""
+    if "RANK" not in os.environ:
+        yield 0, 1, device
+        return
+    # Only tallies travel, from the CPU; a process may wait for the slowest one's whole share of a dataset.
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        if device == "cuda":
+            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+            torch.cuda.set_device(device)
+        yield dist.get_rank(), dist.get_world_size(), device
+    finally:
+        dist.destroy_process_group()
+
+
+def check_flags(args):
+    """Raises InputError, naming the flag, for flags that do not go together."""
+    if args.run is None:
+        raise InputError("give the run directory that train.py left, such as: python eval.py runs/pat")
+    if args.images is not None and args.images < 1:
+        raise InputError(f"--images {args.images}: at least 1")
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: at least 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
+    if args.image is not None and (args.compare or args.data or args.images or args.dataset or args.names):
+        raise InputError("--image segments one picture: leave --compare, --data, --dataset, --names and --images out")
+    photo = {"--labels": args.labels, "--out": args.out, "--none-of-these": args.none_of_these or None}
+    if args.image is None and any(value is not None for value in photo.values()):
+        raise InputError(f"{', '.join(k for k, v in photo.items() if v is not None)}: only together with --image FILE")
+    if args.image is not None and (args.labels is None or args.out is None):
+        raise InputError('--image also needs --labels "name, name" and --out out.png')
+    if args.names and args.data is None:
+        raise InputError("--names replaces the names of a dataset: give --data DIR with it")
+    if args.ignore is not None and (args.data is None or args.dataset):
+        raise InputError("--ignore is for a folder of your own: give it with --data DIR and without --dataset")
+    if args.dataset:
+        for name in args.dataset:
+            if name != "all":
+                load_vocabulary(name)
+        if args.data is None:
+            raise InputError("--dataset reads what you downloaded: give --data DIR with the archives")
+        if args.compare:
+            raise InputError("--dataset scores one run at a time: leave --compare out")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run directory that train.py left")
     parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="further runs for the same table")
     parser.add_argument("--data", metavar="DIR", help="score on a folder with images/, labels/ and classes.txt")
-    parser.add_argument("--ignore", type=int, default=255, help="label value of DIR that means unlabelled (255)")
+    parser.add_argument("--dataset", nargs="+", metavar="NAME",
+                        help=f"score on published datasets found in DIR instead: all, or some of {', '.join(DATASETS)}")
+    parser.add_argument("--names", metavar="FILE", help="other names for the same classes, one a line in order of ids")
+    parser.add_argument("--ignore", type=int, help="label value of your own DIR that means unlabelled (255)")
     parser.add_argument("--images", type=int, metavar="N", help="score on the first N images only")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (0)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--image", metavar="FILE", help="segment this picture instead of scoring")
     parser.add_argument("--labels", metavar="NAMES", help='its names, separated by commas: "red star, grass"')
@@ -192,20 +361,10 @@ def main(argv=None):
     parser.add_argument("--none-of-these", action="store_true",
                         help="pixels whose best name loses to the learned background stay unnamed")
     args = parse_flags(parser, argv)
-    if args.run is None:
-        raise InputError("give the run directory that train.py left, such as: python eval.py runs/pat")
-    if args.images is not None and args.images < 1:
-        raise InputError(f"--images {args.images}: at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
-    if args.image is not None and (args.compare or args.data or args.images):
-        raise InputError("--image segments one picture: leave --compare, --data and --images out")
-    photo = {"--labels": args.labels, "--out": args.out, "--none-of-these": args.none_of_these or None}
-    if args.image is None and any(value is not None for value in photo.values()):
-        raise InputError(f"{', '.join(k for k, v in photo.items() if v is not None)}: only together with --image FILE")
-    if args.image is not None and (args.labels is None or args.out is None):
-        raise InputError('--image also needs --labels "name, name" and --out out.png')
-    (score_command if args.image is None else photo_command)(args)
+    check_flags(args)
+    with process_group(args.device) as (rank, processes, args.device):
+        how = Pass(args.images, args.workers, rank, processes, Path(args.run) / "scores")
+        (photo_command if args.image else published_command if args.dataset else score_command)(args, how)
 
 
 if __name__ == "__main__":

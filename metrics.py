@@ -49,13 +49,15 @@ def number(x):
 def scores(matrix, groups):
     """matrix (L+1,L+1) of `confusion`, groups {name: ids} -> dict of fractions; None = nothing to average.
 
-    Besides: IoU, a list of L with None for names without ground truth, and pixels, the ground truth's pixels per name.
+    Besides: IoU, a list of L with None for names without ground truth; pixels, the ground truth's pixels per name;
+    absent, how many names have none, and absent_predicted, how many of these were said: the two rules differ if any was.
     """
     m = matrix.double()[:, :-1]                                                               # ignored pixels go
     true, said, correct = m.sum(0), m[:-1].sum(1), m.diagonal()                               # (L) each: G, P, T
     present, touched = true > 0, true + said > 0
     iou = (correct / (true + said - correct)).nan_to_num(0)
-    result = {"mIoU": number(iou[present].mean()), "mIoU_old_rule": number(iou.sum() / touched.sum()),
+    result = {"mIoU": number(iou.sum() / present.sum()), "mIoU_old_rule": number(iou.sum() / touched.sum()),
+              "absent": int((~present).sum()), "absent_predicted": int((touched & ~present).sum()),
               "pixel_accuracy": number(correct.sum() / true.sum()),
               "mean_accuracy": number((correct / true)[present].mean()),
               "fwIoU": number((iou * true).sum() / true.sum())}
@@ -115,24 +117,26 @@ def reconstruction_scores(image, target, metric=None):
             "LPIPS": distance}
 
 
-def tally_tokens(tally, seen, model):
-    """Add what `segment` saw to tally {stage: [counts (K), features n, features whose index survives bf16]}."""
+def count_tokens(seen, model):
+    """What `segment` saw -> {stage: (K+1,) int64 on the CPU}: uses of each code, and indices that survive bf16."""
+    result = {}
     for stage, tokens in seen["tokens"].items():
         index, x = (unpad(t[0], seen["crop"], seen["padded"]) for t in (tokens.index, tokens.x))  # (a,b), (D,a,b)
         counts = torch.bincount(index.flatten(), minlength=len(model.codebook(stage)))
         health = codebook_health(counts, model.codebook(stage), x.flatten(1).T, model.config.vmf)
-        total = tally.setdefault(stage, [torch.zeros_like(counts), 0, 0.0])
-        total[:] = total[0] + counts, total[1] + index.numel(), total[2] + health["bf16"] * index.numel()
+        result[stage] = torch.tensor([*counts.tolist(), round(health["bf16"] * index.numel())])
+    return result
 
 
-def codebook_scores(tally, model):
-    """{stage: dict codes, perplexity, share_used, cosine, bf16} over everything tallied."""
+def codebook_scores(counted, model):
+    """{stage: dict codes, perplexity, share_used, cosine, bf16} of the sum of `count_tokens` over images."""
     result = {}
-    for stage, (counts, n, stable) in tally.items():
-        health = codebook_health(counts, model.codebook(stage))
+    for stage, counts in counted.items():
+        counts, stable = counts[:-1], int(counts[-1])
+        health = codebook_health(counts, model.codebook(stage).cpu())
         result[stage] = {"codes": len(counts), "perplexity": number(health["perplexity"]),
                          "share_used": int((counts > 0).sum()) / len(counts), "cosine": number(health["cosine"]),
-                         "bf16": number(stable / n)}
+                         "bf16": number(stable / int(counts.sum()))}
     return result
 
 

@@ -6,7 +6,7 @@
 
 A name, and a code, has the same colour in every picture (images.palette).
 
-Tests: tests/test_pictures.py.  Read next: eval.py.
+Tests: tests/test_pictures.py.  Read next: tally.py.
 """
 
 import numpy as np
