@@ -81,7 +81,7 @@ class Tally:
         write_files({path: content})
 
     def load(self, path, whose):
-        """Take over what the file at `path` holds -> what about `whose` has changed since, in words; "" if nothing."""
+        """Take over what the file at `path` holds -> "", or in words why it cannot be taken over."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
@@ -89,9 +89,9 @@ class Tally:
                 changed = ", ".join(key for key in whose if before.get(key) != whose[key])
                 if not changed:
                     self.tensors, self.done = {key: file.get_tensor(key) for key in self.tensors}, done
-                return changed
+                return changed and f"{changed} changed since it was stopped"
         except Exception as error:                            # whatever the damage led safetensors or json to
-            return f"its file is damaged ({type(error).__name__}), which has"
+            return f"its file is damaged ({type(error).__name__})"
 
     def codes(self):
         """{stage: counts}"""
@@ -122,10 +122,10 @@ def run(predict, dataset, L, codebooks, whose, how):
         make_folder(how.folder)
         path = how.folder / f"{how.title}.{how.rank}.safetensors"
         whose = {**whose(), "dataset": dataset.key, "images": str(n), "processes": str(how.processes)}
-        changed = tally.load(path, whose) if path.exists() else ""
-        if how.rank == 0 and (changed or tally.done):
-            tqdm.write(f"{how.title}: starts anew: {changed} changed since it was stopped" if changed else
-                       f"{how.title}: goes on after {tally.done} of {len(mine)} images")
+        refused = tally.load(path, whose) if path.exists() else ""
+        if how.rank == 0 and (refused or tally.done):
+            tqdm.write(f"{how.title}: " + (f"starts anew: {refused}" if refused else
+                                           f"goes on after {tally.done} of {len(mine)} images"))
     left = mine[tally.done:]
     loader = DataLoader(Subset(dataset, left), None, collate_fn=image_and_label, num_workers=how.workers)
     title = how.title + (f", process 1 of {how.processes}" if how.processes > 1 else "")

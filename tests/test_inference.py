@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import inference
+from pat import build, preset
 
 
 def protocol_in_full(masks, classes, padded, crop, size):
@@ -61,6 +62,15 @@ def test_none_of_these_is_decided_pixel_by_pixel():
     """Left the naming query is on, right the background one."""
     masks, classes = torch.tensor([[[9.0, -9.0]], [[-9.0, 9.0]]]), torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]]).log()
     assert inference.name_pixels(masks, classes, (1, 2), (1, 2), (1, 2), none_of_these=True).tolist() == [[0, -1]]
+
+
+def test_the_side_net_with_patches_of_16_sees_multiples_of_32():
+    """As published: 17x30 becomes 32x32, normalised zeros around, although 16 would do for the patches."""
+    model = build(preset("world", model="san", pretrained="none", patch=16, width=48, short_side=17)).eval()
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    inference.segment(model, torch.ones(3, 17, 30), model.vlm.embed_text(["a", "b"]), (17, 30))
+    assert seen[0].shape == (1, 3, 32, 32) and seen[0].sum() == 3 * 17 * 30 and seen[0][..., :17, :30].min() == 1
 
 
 def test_padding_goes_right_and_below_and_comes_off_again():

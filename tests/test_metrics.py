@@ -27,14 +27,14 @@ def test_both_miou_rules_worked_by_hand():
     assert s["pixel_accuracy"] == pytest.approx(6 / 10)
     assert s["mean_accuracy"] == pytest.approx((4 / 4 + 2 / 6) / 2)
     assert s["fwIoU"] == pytest.approx(0.4 * 4 / 6 + 0.6 * 2 / 6)
-    assert s["pixels"] == [4, 6, 0]
+    assert s["pixels"] == [4, 6, 0] and (s["absent"], s["absent_predicted"]) == (1, 1)
 
 
 def test_both_rules_agree_when_no_absent_name_is_predicted():
     matrix = MATRIX.clone()
     matrix[2] = 0
     s = metrics.scores(matrix, {})
-    assert s["mIoU"] == s["mIoU_old_rule"]
+    assert s["mIoU"] == s["mIoU_old_rule"] and (s["absent"], s["absent_predicted"]) == (1, 0)
 
 
 def test_an_unnamed_pixel_is_a_miss_of_its_true_name():
