@@ -48,12 +48,12 @@ COLUMNS = {"mIoU": "mIoU", "mIoU_old_rule": "old rule", "mIoU_seen": "seen", "mI
            "mIoU_stuff": "stuff", "foreground_accuracy": "fg/bg", "pixel_accuracy": "pixel acc",
            "mean_accuracy": "mean acc", "fwIoU": "fwIoU",
            "PSNR": "PSNR dB", "SSIM": "SSIM", "L1": "L1", "LPIPS": "LPIPS"}
-RULES = ("mIoU: the mean IoU of the names with ground truth (detectron2 since July 2022).  old rule (its release 0.6): the "
-         "same sum, but names without ground truth that were predicted are counted, as zeros.")
+RULES = ("mIoU: the mean IoU of the names with ground truth (detectron2 since July 2022).  old rule (its release 0.6): "
+         "the same sum, but names without ground truth that were predicted are counted, as zeros.")
 
 
 def format_rows(rows):
-    """Rows of `evaluate` by label -> lines; a dash is "not applicable", "n/m" "not measured", "same" that rules agree."""
+    """Rows of `evaluate` by label -> lines; a dash: not applicable, "n/m": not measured, "same": both rules agree."""
     width = max(map(len, rows))
     columns = {key: title for key, title in COLUMNS.items()
                if any(key in row["segmentation"] or key in (row["reconstruction"] or {}) for row in rows.values())}
@@ -101,7 +101,7 @@ def format_table(table):
 
 
 def format_published(tables, missing):
-    """{dataset: table of `published_table`} and {dataset: what it needs} as one text, in the order of the benchmarks."""
+    """{dataset: table of `published_table`} and {dataset: what it needs} as one text."""
     rows = {name: next(iter(table["rows"].values())) for name, table in tables.items()}
     first = next(iter(tables.values()))
     head, *body = format_rows(rows)
@@ -172,8 +172,10 @@ def score_command(args, how):
         label = f"{config.model.upper()} {path}"
         if label in runs:
             raise InputError(f"{path} is named twice")
-        runs[label] = model, test_set(config, args.data, 255 if args.ignore is None else args.ignore, args.images, names)
-    how = how._replace(title=("world" if args.data is None else "folder") + (f"-first-{args.images}" if args.images else ""))
+        ignore = 255 if args.ignore is None else args.ignore
+        runs[label] = model, test_set(config, args.data, ignore, args.images, names)
+    tail = f"-first-{args.images}" if args.images else ""
+    how = how._replace(title=("world" if args.data is None else "folder") + tail)
     table = score_table(runs, args.device, how, args.data or "the world's test scenes", args.names)
     if how.rank > 0:
         return
@@ -229,7 +231,7 @@ def published_table(label, model, dataset, row, args, origin):
     c, name = model.config, dataset.name
     notes = [f"seen: names that are, letter by letter, among {origin}.  unseen: the others."]
     if (c.short_side, c.long_side) != (640, 2560):
-        notes.append(f"Images: short side {c.short_side}, long side at most {c.long_side}; published scores: 640, 2560.")
+        notes.append(f"Images: short side {c.short_side}, long side at most {c.long_side}; the benchmarks': 640, 2560.")
     return {**table_of(model, dataset, args.data, {label: row}, notes, args.names), "dataset": name,
             "published_images": COUNTS[name]["val"], "published_checksum": load_vocabulary(name).checksum,
             "where": dataset.found.where, "training_names": origin}

@@ -1,4 +1,4 @@
-"""From named pixels to scores: one matrix over the whole set, two rules for its mean, and what a repainted image is worth.
+"""From named pixels to scores: one matrix over the whole set, two rules for its mean, the worth of a repainted image.
 
 One integer matrix, (L+1,L+1), row = said, column = true; the last row holds unnamed pixels (wrong wherever there is a
 true name), the last column ignored ones (dropped from every sum).  With G = true pixels, P = said pixels, T = both:
@@ -50,7 +50,7 @@ def scores(matrix, groups):
     """matrix (L+1,L+1) of `confusion`, groups {name: ids} -> dict of fractions; None = nothing to average.
 
     Besides: IoU, a list of L with None for names without ground truth; pixels, the ground truth's pixels per name;
-    absent, how many names have none, and absent_predicted, how many of these were said: the two rules differ if any was.
+    absent, how many names have none, and absent_predicted, how many of these were said: if any, the two rules differ.
     """
     m = matrix.double()[:, :-1]                                                               # ignored pixels go
     true, said, correct = m.sum(0), m[:-1].sum(1), m.diagonal()                               # (L) each: G, P, T

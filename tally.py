@@ -4,7 +4,7 @@ What adds up over images is small and mostly whole numbers, so a pass can be cut
 
     matrix   (L+1,L+1) int64   the confusion matrix, see metrics.py        847 names: 5.5 MiB, however many images
     codes    (K+1) int64       per stage, see metrics.count_tokens
-    painted  (n,4) float64     PSNR, SSIM, L1, LPIPS of each image in its own row, so that their order is always the same
+    painted  (n,4) float64     PSNR, SSIM, L1, LPIPS of each image in its own row, so their order is always the same
 
 Process r of R takes images r, r + R, r + 2R, ...  At the end the tallies are added up: the same integers, and the same
 means of the same floats, as on one process (if each computes with as many threads: the model rounds by their number).

@@ -115,7 +115,7 @@ def test_names_may_be_swapped_and_images_limited():
 
 
 class Noisy:
-    """Seven pictures of their own size and noise, labels at random, some of it void: nothing in it is right by chance."""
+    """Seven pictures of their own size and noise, labels at random, some of it void: no score is round."""
 
     names, groups, checksum, route, key = ("day", "night", "dusk"), {}, "3", "drawn", "noisy"
 
@@ -150,7 +150,7 @@ def stopped(how, model=None):
 
 
 def test_stopped_and_gone_on_with_equals_never_stopped(kept, capsys):
-    """Killed at image 5 with four on disk: the rest is read, and every number of the row is the same, to the last bit."""
+    """Killed at image 5 with four on disk: the rest is read, and every number of the row is the same."""
     whole, second = evaluate(FakeModel(), Noisy(), how=QUIET), Noisy()
     stopped(kept)
     row = evaluate(FakeModel(), second, how=kept)
