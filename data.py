@@ -4,8 +4,8 @@
     open_dataset(NAME, DIR)   coco-stuff, voc20, pc59, pc459, ade150 or ade847, found by itself under DIR (published.py)
 
 A dataset is anything with `names`, `train_names`, `groups` (class ids whose scores are averaged apart), `crop` (S),
-`checksum` (of the names and of what labels hold), `route` (where labels come from), `len()`, `data[i]` for testing and
-`data.draw(seed, n)` for training; these are some, world.World is another.
+`checksum` (of the names and of what labels hold), `route` (where labels come from), `key` (which images at which size),
+`len()`, `data[i]` for testing and `data.draw(seed, n)` for training; these are some, world.World is another.
 
     a 480x640 photo: data[i]     image (3,640,853) float, label (480,640) int64, whose size the answer is scored at
                      data.draw   image (3,640,640) float, label (640,640) int64: a window of it, IGNORE where padded
@@ -44,6 +44,11 @@ class Pairs:
 
     def __len__(self):
         return len(self.pairs)
+
+    @property
+    def key(self):
+        """16 hex digits of which pairs these are and of the size they are tested at; files are not opened."""
+        return checksum([f"{self.route} {self.short_side} {self.long_side}", *(str(label) for *_, label in self.pairs)])
 
     def label(self, i):
         """Label i at its stored size: (H,W) int64, class ids and IGNORE."""
@@ -134,10 +139,10 @@ class Folder(Pairs):
 class Published(Pairs):
     """One split of a published dataset; `groups` parts its names into those seen in training and the others.
 
-    `found`: where and how, see published.find; `names` replaces its list, class by class.
+    `found`: where and how, see published.find; `names` replaces its list, class by class; `training`: see overlap.
     """
 
-    def __init__(self, name, found, crop, short_side, long_side, names=None):
+    def __init__(self, name, found, crop, short_side, long_side, names=None, training=None):
         vocabulary = load_vocabulary(name)
         if names is not None:
             names = parse_names(names, where="--names")
@@ -145,7 +150,7 @@ class Published(Pairs):
         names = names or vocabulary.names
         super().__init__(found.pairs, names, crop, short_side, long_side)
         self.name, self.found, self.route = name, found, found.route
-        self.groups, self.checksum = overlap(names), checksum(names, vocabulary.raw)
+        self.groups, self.checksum = overlap(names, training), checksum(names, vocabulary.raw)
 
     def label(self, i):
         _, _, source = self.pairs[i]
@@ -162,13 +167,14 @@ class Published(Pairs):
         return shrink(image, label) if self.found.shrink else (image, label)
 
 
-def open_dataset(name, root, split="val", *, crop=640, short_side=640, long_side=2560, names=None):
+def open_dataset(name, root, split="val", *, crop=640, short_side=640, long_side=2560, names=None, training=None):
     """The Published of a name of vocabulary.DATASETS under the folder `root`; split "val", or "train" of coco-stuff.
 
-    `names` (a list, or text with commas) replaces the published names, class by class.  Raises InputError when the
-    dataset is not there, damaged or incomplete, or is another one; and when a file is read, for what is wrong in it.
+    `names` (a list, or text with commas) replaces the published names, class by class; `training` are the names that
+    count as seen (default COCO-Stuff's).  Raises InputError when the dataset is not there, damaged or incomplete, or is
+    another one; and when a file is read, for what is wrong in it.
     """
-    return Published(name, find(name, Shelf(root, ZIPS), split), crop, short_side, long_side, names)
+    return Published(name, find(name, Shelf(root, ZIPS), split), crop, short_side, long_side, names, training)
 
 
 # ---- what is there ----

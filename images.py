@@ -70,7 +70,7 @@ def parse_flags(parser, argv=None):
 
 
 def write_files(files):
-    """Write {path: str, PIL image or (H,W,3) uint8}: under temporary names first, so that a failure changes nothing.
+    """Write {path: str, bytes, PIL image or (H,W,3) uint8}: under temporary names first: a failure changes nothing.
 
     Raises InputError, one line, when a place cannot be written or its ending names no picture format.
     """
@@ -80,6 +80,8 @@ def write_files(files):
             done[path] = path.with_name(f".{os.getpid()}.{path.name}")
             if isinstance(content, str):
                 done[path].write_text(content, encoding="utf-8")
+            elif isinstance(content, bytes):
+                done[path].write_bytes(content)
             else:
                 content = Image.fromarray(content) if isinstance(content, np.ndarray) else content
                 content.save(done[path])
@@ -207,7 +209,8 @@ def read_label(path):
 def resize_short(image, short, long):
     """Image (H,W,3) uint8, bilinear to short side `short` unless its long side would pass `long`; rounded half up."""
     h, w = image.shape[:2]
-    scale = min(short / min(h, w), long / max(h, w))
+    h, w = (short, short / h * w) if h < w else (short / w * h, short)                    # in detectron2's order, so that
+    scale = min(1, long / max(h, w))                                                      # 53x1024 rounds to 132 high
     size = max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))                     # PIL wants (W, H)
     return np.array(Image.fromarray(image).resize(size, Image.BILINEAR))
 

@@ -14,7 +14,7 @@
 Every random draw (points, pixels) comes from a generator keyed by the image's number in the training stream, and sums
 are divided by counts over all processes, so splitting a batch over processes or steps does not change the gradient.
 
-Demo: `python losses.py` shows the collapse in one number.  Tests: tests/test_losses.py.  Read next: eval.py.
+Demo: `python losses.py` shows the collapse in one number.  Tests: tests/test_losses.py.  Read next: inference.py.
 """
 
 import functools

@@ -59,7 +59,7 @@ class PATConfig(SANConfig):
     short_side: int = 640              # pixels of the shorter image side at test time, and of the training crop
     long_side: int = 2560              # the longer side is at most this
     data: str = ""                     # the folder it is trained on; the world needs none
-    val_data: str = ""                 # the folder it is scored on; "" = the first images of `data`
+    val_data: str = ""                 # what it is scored on: a folder, or COCO-Stuff val; "" = first images of `data`
     ignore: int = 255                  # value in the folders' label files that means unlabelled
     codes: tuple = (128, 64, 32, 256)  # K of early, mid, late, latent
     code_dim: int = 32                 # D

@@ -13,8 +13,9 @@ Sample i of step s is number n = s * batch + i of one endless stream, whoever dr
 (seed, n), counts of masks and codes are summed over processes.  So 1 process with a batch of 12, 2 with 6 each, or 1
 with 6 accumulated twice compute the same gradient.
 
-A run directory holds config.json, log.jsonl (one line a logged step), checkpoint.safetensors (weights, AdamW's state and
-the step in one file, replaced atomically, no pickle), scores.txt, scores.json and samples.png.
+A run directory holds config.json, names.txt (what it was trained with, one a line), log.jsonl (one line a logged step),
+checkpoint.safetensors (weights, AdamW's state and the step in one file, replaced atomically, no pickle), scores.txt,
+scores.json and samples.png.
 
 # paper: AdamW 1e-4, weight decay 1e-4, poly 0.9, clip 0.01, 120,000 steps of 12 images on 3 GPUs, mixed precision.
 # ours: the world's numbers; restart of dead codes there.
@@ -41,14 +42,16 @@ from tqdm import tqdm
 from ablations import STEPS, ablate, ablation_seeds
 from clip import pretrain
 from data import Folder, open_dataset
-from eval import format_table, sample_sheet, score_table, write_scores
+from eval import format_table, score_table, write_scores
 from hsattn import g
 from images import InputError, parse_flags, rng_for, run_cli, to_unit, write_files
 from kernels import path
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
 from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state, warm_start
+from pictures import sample_sheet
 from published import NotFound
 from san import trainable
+from tally import Pass
 from vq import codebook_health, restart_dead_codes
 from world import World
 
@@ -261,9 +264,15 @@ def load_checkpoint(path, model, optimizer, scaler):
 # --- the run -------------------------------------------------------------------------------------------------------
 
 
-def folder(config, root):
-    side = config.short_side
-    return Folder(root, ignore=config.ignore, crop=side, short_side=side, long_side=config.long_side)
+def opened(config, root, split):
+    """The dataset in `root`: a folder of your own if it has a classes.txt, else that split of COCO-Stuff."""
+    sizes = dict(crop=config.short_side, short_side=config.short_side, long_side=config.long_side)
+    if (Path(root) / "classes.txt").exists():
+        return Folder(root, ignore=config.ignore, **sizes)
+    try:
+        return open_dataset("coco-stuff", root, split, **sizes)
+    except NotFound as error:
+        raise InputError(f"{error}; a folder of your own needs images/, labels/ and classes.txt") from error
 
 
 def training_set(config):
@@ -272,13 +281,7 @@ def training_set(config):
     if not config.data:
         raise InputError(f"preset {config.preset} trains on COCO-Stuff or on a folder of yours: give --data DIR with its "
                          "archives, or with images/, labels/, classes.txt")
-    if (Path(config.data) / "classes.txt").exists():
-        return folder(config, config.data)
-    side = config.short_side
-    try:
-        return open_dataset("coco-stuff", config.data, "train", crop=side, short_side=side, long_side=config.long_side)
-    except NotFound as error:
-        raise InputError(f"{error}; a folder of your own needs images/, labels/ and classes.txt") from error
+    return opened(config, config.data, "train")
 
 
 def run_directory(config, resume):
@@ -295,9 +298,10 @@ def run_directory(config, resume):
     return run
 
 
-def open_log(run, config, start):
-    """Write config.json and open log.jsonl; on resuming, lines from after the checkpoint are dropped."""
-    write_files({run / "config.json": json.dumps(asdict(config), indent=1) + "\n"})
+def open_log(run, config, names, start):
+    """Write config.json and names.txt, open log.jsonl; on resuming, lines from after the checkpoint are dropped."""
+    write_files({run / "config.json": json.dumps(asdict(config), indent=1) + "\n",
+                 run / "names.txt": "".join(name + "\n" for name in names)})
     path = run / "log.jsonl"
     kept = path.read_text().splitlines() if start and path.exists() else []
     kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] < start]     # a kill may cut a line
@@ -319,15 +323,17 @@ def score(run, model, config, dataset, device):
     """The table and the contact sheet at the end of a run: the world's test scenes, `val_data`, or training images."""
     test, where = dataset, f"training images of {config.data}"
     if config.val_data:
-        test, where = folder(config, config.val_data), config.val_data
+        test, where = opened(config, config.val_data, "val"), config.val_data
     elif isinstance(dataset, World):
         test, where = World("val", config.val_images), "the world's test scenes"
     label = f"{config.model.upper()} {run}"
-    table = score_table({label: (model, config, test)}, device, images=config.val_images, data=where)
+    how = Pass(images=config.val_images, workers=config.workers)
+    table = score_table({label: (model, test)}, device, how, where)
     write_scores(run / "scores", table)
     write_files({run / "samples.png": sample_sheet(model, test, device=device)})
     print(format_table(table), end="")
-    print(f"written: config.json, log.jsonl, checkpoint.safetensors, scores.txt, scores.json, samples.png in {run}")
+    print("written: config.json, names.txt, log.jsonl, checkpoint.safetensors, scores.txt, scores.json, samples.png in "
+          f"{run}")
 
 
 def check_recipe(config, processes):
@@ -386,7 +392,7 @@ def train(config, resume=False, device="cpu"):
     wrapped = DistributedDataParallel(model) if world > 1 else model
     samples = iter(DataLoader(Stream(dataset, config, start, rank, world), config.batch // (world * config.accumulate),
                               num_workers=config.workers, pin_memory=device.startswith("cuda")))
-    log = open_log(run, config, start) if main else None
+    log = open_log(run, config, dataset.train_names, start) if main else None
     if main:
         tqdm.write(f"{config.model.upper()} {config.preset}: {trainable(model):,} trainable parameters, {config.batch} "
                    f"images a step on {world} process(es), {device}; LPIPS {'on' if lpips else 'off'}; {ways}")

@@ -79,12 +79,13 @@ def load_vocabulary(name):
     return Vocabulary(names=tuple(name for *_, name in rows), raw=tuple(raw for _, raw, _ in rows))
 
 
-def overlap(names):
-    """{"seen": ids, "unseen": ids} of a list of names: whole strings that are names of COCO-Stuff too, and the rest.
+def overlap(names, training=None):
+    """{"seen": ids, "unseen": ids} of a list of names: whole strings that are `training` names too, and the rest.
 
-    A group nobody is in is left out, so the training names themselves are all "seen".
+    `training`: what a model was trained with; None means COCO-Stuff's 171.  A group nobody is in is left out, so the
+    training names themselves are all "seen".
     """
-    training = set(load_vocabulary("coco-stuff").names)
+    training = set(load_vocabulary("coco-stuff").names if training is None else training)
     groups = {"seen": tuple(i for i, name in enumerate(names) if name in training),
               "unseen": tuple(i for i, name in enumerate(names) if name not in training)}
     return {group: ids for group, ids in groups.items() if ids}

@@ -138,6 +138,10 @@ class World:
     def __len__(self):
         return self.length
 
+    @property
+    def key(self):
+        return f"{self.split} {self.seed}"
+
     def draw(self, seed, n):
         """Training sample n of stream `seed`: image (3,64,64) float, normalised; label (64,64), ids of `train_names`."""
         image, label, _, _ = scene(rng_for(seed, TRAIN, n), classes=SEEN)

@@ -180,9 +180,13 @@ def test_a_label_that_is_no_index_map_is_refused(tmp_path, kind, why):
 
 # ---- resizing and augmentation ----
 @pytest.mark.parametrize("h, w, want", [(480, 640, (640, 853)), (640, 427, (959, 640)), (100, 1000, (256, 2560)),
-                                        (481, 640, (640, 852)), (1, 9000, (1, 2560))])
+                                        (481, 640, (640, 852)), (1, 9000, (1, 2560)),
+                                        (53, 1024, (132, 2560)), (3072, 33, (2560, 27))])
 def test_the_short_side_becomes_640_unless_the_long_one_passes_2560(h, w, want):
-    """480x640: 640 * 640/480 = 853.33 -> 853.  481x640: 851.56 -> 852.  100x1000 would be 6400 long."""
+    """480x640: 640 * 640/480 = 853.33 -> 853.  481x640: 851.56 -> 852.  100x1000 would be 6400 long.
+
+    53x1024: exactly 132.5, but 640 / (640 / 53 * 1024 / 2560) as detectron2 computes it is a hair less, so 132.
+    """
     assert resize_short(np.zeros((h, w, 3), np.uint8), 640, 2560).shape == (*want, 3)
 
 

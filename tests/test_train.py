@@ -263,3 +263,16 @@ def test_a_folder_trains_and_scores(tmp_path):
     (data / "classes.txt").write_text("\n".join(World.names))
     run = train.train(tiny(steps=1, data=str(data), ignore=65535, out=str(tmp_path / "run")))
     assert str(data) in (run / "scores.txt").read_text()
+    assert (run / "names.txt").read_text() == (data / "classes.txt").read_text() + "\n"
+
+
+def test_a_coco_run_is_scored_on_its_validation_archives(tmp_path):
+    """--val-data may be a folder with val2017.zip and the label maps; the score file says that all names were trained."""
+    for split in ("train", "val"):
+        pack(tmp_path / f"{split}2017.zip", {f"{split}2017/000000000009.jpg": picture(1)})
+    label = encoded(np.uint8([[0, 181, 255]] * 2))
+    pack(tmp_path / "stuffthingmaps_trainval2017.zip", {f"{split}2017/000000000009.png": label for split in ("train", "val")})
+    run = train.train(tiny(steps=1, batch=1, data=str(tmp_path), val_data=str(tmp_path), out=str(tmp_path / "run")))
+    table = json.loads((run / "scores.json").read_text())
+    assert table["route"] == "stuffthingmaps" and table["groups"] == {"seen": list(range(171))} and table["images"] == 1
+    assert len((run / "names.txt").read_text().splitlines()) == 171

@@ -76,3 +76,9 @@ def test_the_demo_prints_the_six(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(DATASETS)
     assert lines[3].startswith("pc459       459 names,  74 seen in training   459be945e89c4612   accordion")
+
+
+def test_seen_is_relative_to_what_a_model_was_trained_with():
+    """Trained with sky and sea: of sky, Sky and dog only the first was seen, although dog is a name of COCO-Stuff's."""
+    assert overlap(("sky", "Sky", "dog"), ("sky", "sea")) == {"seen": (0,), "unseen": (1, 2)}
+    assert overlap(("dog", "Sky"))["seen"] == (0,)
