@@ -65,12 +65,12 @@ def test_none_of_these_is_decided_pixel_by_pixel():
 
 
 def test_the_side_net_with_patches_of_16_sees_multiples_of_32():
-    """As published: 17x30 becomes 32x32, normalised zeros around, although 16 would do for the patches."""
-    model = build(preset("world", model="san", pretrained="none", patch=16, width=48, short_side=17)).eval()
+    """As published: 40x30 becomes 64x32, normalised zeros around, although 48x32 would do for the patches."""
+    model = build(preset("world", model="san", pretrained="none", patch=16, width=48)).eval()
     seen = []
     model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    inference.segment(model, torch.ones(3, 17, 30), model.vlm.embed_text(["a", "b"]), (17, 30))
-    assert seen[0].shape == (1, 3, 32, 32) and seen[0].sum() == 3 * 17 * 30 and seen[0][..., :17, :30].min() == 1
+    inference.segment(model, torch.ones(3, 40, 30), model.vlm.embed_text(["a", "b"]), (40, 30))
+    assert seen[0].shape == (1, 3, 64, 32) and seen[0].sum() == 3 * 40 * 30 and seen[0][..., :40, :30].min() == 1
 
 
 def test_padding_goes_right_and_below_and_comes_off_again():
