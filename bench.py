@@ -3,13 +3,14 @@
     python bench.py                 the world: images/s of PAT and SAN, training and inference, share of time per part
     python bench.py --preset coco   one 640x640 image, one training step and one inference of each, random CLIP weights
     python bench.py --preset coco-eva
-    python bench.py --preset coco --device cuda    batch 12 in training, 1 in inference, bf16; PAT by Triton and by torch
+    python bench.py --preset coco --device cuda    batch 12 in training, 1 in inference, bf16; PAT by Triton, by torch
     python bench.py --loader        images/s of one data-loading process, 640x480 JPEGs; share of time per part
     python bench.py --loader --data DIR    the same of COCO-Stuff's training images, or of a folder of yours
 
 Each row runs in a process of its own, so that its peak memory is its own; its first round is not counted, the median of
-the others is.  Peak memory is the process's, on a GPU what torch held there.  A training round is forward, losses, backward and AdamW's step, without drawing the images.  Ratios within
-one call are comparable; absolute times depend on the machine and on what else it does.
+the others is.  Peak memory is the process's, on a GPU what torch held there.  A training round is forward, losses,
+backward and AdamW's step, without drawing the images.  Ratios within one call are comparable; absolute times depend on
+the machine and on what else it does.
 
 Tests: tests/test_bench.py.
 """
@@ -176,10 +177,10 @@ def main(argv=None):
             return loader(args.data or folder, args.rounds)
     batches = (16, 16) if args.preset == "world" else (12, 1) if args.device == "cuda" else (1, 1)
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{args.preset}, torch {torch.__version__}, {chip}, batch {batches[0]} in training, {batches[1]} in inference, "
-          f"median of {args.rounds} rounds after one")
+    print(f"{args.preset}, torch {torch.__version__}, {chip}, batch {batches[0]} in training, {batches[1]} in "
+          f"inference, median of {args.rounds} rounds after one")
     print(f"{'':24}{'s/round':>9}{'images/s':>10}{'peak GiB':>10}{'vs SAN':>8}")
-    models = [("san", "auto"), ("pat", "torch")] if args.device == "cpu" else [("san", "auto"), ("pat", "triton"), ("pat", "torch")]
+    models = [("san", "auto"), *[("pat", "triton")] * (args.device == "cuda"), ("pat", "torch")]
     spawn = multiprocessing.get_context("spawn")
     for training, batch in zip((True, False), batches):
         san, what = None, "training" if training else "inference"

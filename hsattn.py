@@ -46,8 +46,8 @@ class MeanShift(torch.autograd.Function):
 
     1. g cancels the denominator of the softmax: g(u / s) = g(u) for s > 0, so the weights need no sum,
            u_i = Σ_j w_ij v_j,   w_ij = exp(kappa (c_ij - max_j c_ij)),   out_i = u_i / |u_i|
-    2. The gradient G_i = (d_i - out_i (out_iᵀ d_i)) / |u_i| that reaches u is tangent to out, so Σ_j w_ij G_iᵀ v_j = G_iᵀ u_i
-       = 0: the term that a softmax's backward subtracts in each row is zero.  What is left, r_ij = kappa w_ij G_iᵀ v_j:
+    2. The gradient G_i = (d_i - out_i (out_iᵀ d_i)) / |u_i| that reaches u is tangent to out, so Σ_j w_ij G_iᵀ v_j =
+       G_iᵀ u_i = 0: the term that a softmax's backward subtracts in each row.  What is left, r_ij = kappa w_ij G_iᵀ v_j:
            dv = wᵀ G,   dg(q) = r g(k),   dg(k) = rᵀ g(q)
     """
 

@@ -33,7 +33,7 @@ CHUNK = 4096                               # rows scored at a time on the CPU: (
 
 @torch.no_grad()
 def nearest(x, codes):
-    """The index of the largest dot product, the lowest on a tie; NaN counts as largest.  x (n,D), codes (K,D) -> (n) int64"""
+    """The index of the largest dot product, the lowest on a tie: x (n,D), codes (K,D) -> (n) int64"""
     if x.device.type != "cpu":
         return (x @ codes.T).argmax(1)
     index, best = torch.empty(len(x), dtype=torch.int64), x.new_empty(len(x))
@@ -50,7 +50,7 @@ def assign(x, codes):
     feature has index 0 and cosine 0; one with NaN has index 0 and cosine NaN.
     """
     codes = g(codes).to(x.dtype)
-    index = nearest(x, codes)                                 # |x| changes no argmax, so only the winner is divided by it
+    index = nearest(x, codes)                                 # |x| changes no argmax; only the winner is divided by it
     code = F.embedding(index, codes)                          # not codes[index]: its gradient sums in a random order
     return index, code, torch.einsum("nd,nd->n", x, code) / x.norm(dim=1).clamp(min=1e-12)
 
@@ -92,8 +92,8 @@ def quantise_dot(x, codes, beta=0.25):
 
 @dataclass
 class Tokens:
-    """What one quantiser returns: zq and the features x before it, as W_pre gave them (B,D,h,w both), index (B,h,w), loss
-    and counts (K)."""
+    """What one quantiser returns: zq and, as W_pre gave them, the features x (B,D,h,w both), index (B,h,w), loss and
+    counts (K)."""
 
     zq: torch.Tensor
     index: torch.Tensor
@@ -122,7 +122,7 @@ class vMFVQ(nn.Module):
         return g(codes) if self.vmf else codes
 
     def quantise(self, x, codes):
-        """x (n,D), codes (K,D) -> zq, index, loss, counts, by whichever of the three functions this module is set to."""
+        """x (n,D), codes (K,D) -> zq, index, loss, counts, by the one of three functions this module is set to."""
         if not self.vmf:
             return quantise_dot(x, codes, self.commitment)
         if path(self.kernels, x.device, x.dtype, x.shape[1]) == "triton":
