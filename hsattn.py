@@ -82,9 +82,12 @@ def hypersphere_attention(q, k, v, kappa, mask=None):
 
     q (..., N, D), k (..., P, D), v (..., P, D) -> (..., N, D) with rows of unit length.  `kappa` > 0 is the
     concentration: how sharply a query looks at the features in its own direction.  mask (B,P) bool, B the first
-    dimension: True for a key that counts; a query without any gives a zero row.  Never in half precision inside.
+    dimension: True for a key that counts; a query without any gives a zero row; ValueError for a mask without a batch.
+    Never in half precision inside.
     """
     if q.dim() == 2:
+        if mask is not None:
+            raise ValueError("a mask (B,P) says which keys of each image count: give q, k and v with a batch dimension")
         return hypersphere_attention(q[None], k[None], v[None], kappa)[0]
     size, wide = len(q), torch.promote_types(q.dtype, torch.float32)
     if q.device.type == "cpu":                                # a few images at a time: see CACHED

@@ -10,7 +10,7 @@ A launch is planned exactly as for a run (`plan_*` of the kernel's file), then c
     128-bit        loads of 16 bytes a thread from global memory, the widest there are; 0 at D = 30, the
                    model's heads, whose rows of 60 or 120 bytes are not aligned for them
     tensor         tensor-core instructions (HMMA, or HGMMA on sm_90)
-    atomics        RED and ATOM on global memory: none, or sums would depend on the order in which programs finish
+    atomics        RED, REDG, ATOM and ATOMG on global memory: none, or sums would depend on the order in which programs finish
 
 No GPU and no CUDA toolkit are needed: Triton brings its assembler and disassembler.  Tests: tests/test_kernels.py.
 """
@@ -97,7 +97,7 @@ def compile_for(launch, capability):
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     return {"regs": registers, "stack": stack, "shared": compiled.metadata.shared,
             "128-bit": len(re.findall(r"LDG\S*\.128|LDGSTS\S*\.128", sass)),
-            "tensor": len(re.findall(r"\bHG?MMA", sass)), "atomics": len(re.findall(r"\b(?:RED|ATOMG?)\b", sass))}
+            "tensor": len(re.findall(r"\bHG?MMA", sass)), "atomics": len(re.findall(r"\b(?:REDG?|ATOMG?)\b", sass))}
 
 
 def report_one(job):

@@ -72,6 +72,16 @@ def rows_at(X, rows, count, x_row, d, D: tl.constexpr):
 
 
 @triton.jit
+def keys_at(K, V, MASK, keys, P, k_row, v_row, d, D: tl.constexpr, MASKED: tl.constexpr):
+    """Keys on the sphere and their lengths, values, and which of them count: (n,D), (n), (n,D), (n), n = len(keys)"""
+    k, length = unit(rows_at(K, keys, P, k_row, d, D))
+    live = keys < P
+    if MASKED:
+        live = live & (tl.load(MASK + keys, keys < P, 0) != 0)
+    return k, length, rows_at(V, keys, P, v_row, d, D), live
+
+
+@triton.jit
 def weights(cosine, live, kappa):
     """w = exp(kappa (c - 1)), 0 where not live; as a power of two, which is what the hardware has."""
     return tl.where(live, tl.exp2((cosine - 1.0) * (kappa * 1.4426950408889634)), 0.0)
@@ -104,11 +114,8 @@ def forward_kernel(
     u, s = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for i in range(ROUNDS):
         keys = (split * ROUNDS + i) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k, k_length = unit(rows_at(K + b * k_batch + h * k_head, keys, P, k_row, d, D))          # (BLOCK_N,BLOCK_D)
-        v = rows_at(V + b * v_batch + h * v_head, keys, P, v_row, d, D)
-        live = keys < P
-        if MASKED:
-            live = live & (tl.load(MASK + b * P + keys, keys < P, 0) != 0)
+        k, k_length, v, live = keys_at(K + b * k_batch + h * k_head, V + b * v_batch + h * v_head, MASK + b * P,
+                                       keys, P, k_row, v_row, d, D, MASKED)
         cosine = product(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), MODE)
         w = weights(cosine, live[None, :], kappa)
         u, s = product(w, v, u, MODE), s + tl.sum(w, 1)
@@ -150,11 +157,8 @@ def backward_keys_kernel(
     block, which = tl.program_id(0), tl.program_id(1)
     b, h = (which // heads).to(tl.int64), (which % heads).to(tl.int64)
     keys, d = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k, k_length = unit(rows_at(K + b * k_batch + h * k_head, keys, P, k_row, d, D))       # (BLOCK_N,BLOCK_D)
-    v = rows_at(V + b * v_batch + h * v_head, keys, P, v_row, d, D)
-    live = keys < P
-    if MASKED:
-        live = live & (tl.load(MASK + b * P + keys, keys < P, 0) != 0)
+    k, k_length, v, live = keys_at(K + b * k_batch + h * k_head, V + b * v_batch + h * v_head, MASK + b * P,
+                                   keys, P, k_row, v_row, d, D, MASKED)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     place = which.to(tl.int64) * M
     for i in range(ROUNDS):
@@ -190,11 +194,8 @@ def backward_queries_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(ROUNDS):
         keys = (split * ROUNDS + i) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k, k_length = unit(rows_at(K + b * k_batch + h * k_head, keys, P, k_row, d, D))
-        v = rows_at(V + b * v_batch + h * v_head, keys, P, v_row, d, D)
-        live = keys < P
-        if MASKED:
-            live = live & (tl.load(MASK + b * P + keys, keys < P, 0) != 0)
+        k, k_length, v, live = keys_at(K + b * k_batch + h * k_head, V + b * v_batch + h * v_head, MASK + b * P,
+                                       keys, P, k_row, v_row, d, D, MASKED)
         cosine = product(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), MODE)
         p = weights(cosine, live[None, :], kappa) * per_sum[:, None]
         r = kappa * p * product(grad, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), MODE)

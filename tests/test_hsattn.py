@@ -81,6 +81,8 @@ def test_a_masked_feature_is_as_good_as_gone():
     assert (out[1] == 0).all()
     for grad in torch.autograd.grad((out * up).sum(), (q, k, v)):
         assert (grad[1] == 0).all() and grad[0].abs().sum() > 0
+    with pytest.raises(ValueError, match="with a batch dimension"):
+        hypersphere_attention(q[0], k[0], v[0], 9.0, mask)
 
 
 def test_half_precision_is_for_outside_only():
