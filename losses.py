@@ -125,12 +125,14 @@ def kernel(points, colours):
 
 
 def squared_distances(z):
-    """|z_i - z_j|² (B,n,n) of z (B,n,D) by the Gram matrix, so that no (n,n,D) is built.
+    """|z_i - z_j|² (B,n,n), never negative, of z (B,n,D) by the Gram matrix, so that no (n,n,D) is built.
 
-    `2 - 2 z_i·z_j` has the same value on the sphere but not the same straight-through gradient.
+    `2 - 2 z_i·z_j` has the same value on the sphere but not the same straight-through gradient.  The mean is taken off
+    first: where z is far longer than its distances (off the sphere, --no-vmf), the three terms would cancel to noise.
     """
+    z = z - z.mean(-2, keepdim=True)
     square = z.square().sum(-1)
-    return square[..., :, None] + square[..., None, :] - 2 * z @ z.transpose(-1, -2)
+    return (square[..., :, None] + square[..., None, :] - 2 * z @ z.transpose(-1, -2)).clamp(min=0)
 
 
 def alignment(zq, image, keys, form="scale-free", samples=1000):
@@ -150,7 +152,7 @@ def alignment(zq, image, keys, form="scale-free", samples=1000):
     crf = (K * d).mean((1, 2))                                                            # (B)
     tv = zq.diff(dim=2).square().mean((1, 2, 3)) + zq.diff(dim=3).square().mean((1, 2, 3))
     if form == "scale-free":
-        mean = d.mean((1, 2)).clamp(min=1e-6)
+        mean = d.mean((1, 2)).clamp(min=1e-6 * z.detach().square().sum(-1).mean(1))      # one code everywhere: d is noise
         crf, tv = crf / (K.mean((1, 2)) * mean), tv / mean
     return dict(crf=crf.mean(), tv=tv.mean())
 

@@ -120,6 +120,25 @@ def test_gram_distances_equal_naive_ones_in_value_and_straight_through_gradient(
     assert (short[1] - naive[1]).abs().max() > 0.1                            # ... wrong gradient
 
 
+def test_far_from_the_origin_distances_are_still_distances():
+    """Off the sphere (--no-vmf) codes may be long and close together: the Gram form must not cancel to noise."""
+    z = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0))
+    true = torch.cdist(z.double(), z.double()).square()
+    far = squared_distances(z + 3000)
+    assert (far >= 0).all()
+    torch.testing.assert_close(far.double(), true, rtol=1e-2, atol=1e-3)                  # z + 3000 is rounded to 1e-4
+
+
+def test_one_long_code_everywhere_pulls_at_nothing():
+    """All features on one code is where --no-vmf may end: what is left there is rounding, and must not be divided by."""
+    code = 1000 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    noise = 1e-4 * torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(1))
+    zq = (code.view(1, 32, 1, 1) + noise).requires_grad_()
+    terms = alignment(zq, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2)), [(0,)])
+    sum(terms.values()).backward()
+    assert zq.grad.abs().max() < 1e-4 and all(term < 1e-4 for term in terms.values())
+
+
 def test_total_variation_of_a_constant_is_zero_and_of_a_step_is_its_square():
     """Left half one code, right half a code at distance² 2: of 4x3 horizontal neighbours 4 differ, mean over 2 channels."""
     zq = torch.zeros(1, 2, 4, 4)

@@ -88,6 +88,15 @@ def test_dead_codes_restart_alike_on_any_number_of_processes(tmp_path):
     same(alone, on_two_processes(config, tmp_path / "c.pt", restart_codes=True))
 
 
+def test_off_the_sphere_no_code_restarts():
+    config = tiny(restart_after=1, vmf=False)
+    model = build(config)
+    before = {n: p.clone() for n, p in model.named_parameters() if "codebook" in n}
+    _, tokens = gradients(model, model.vlm.embed_text(World.train_names), micro_batches(config), config)
+    assert restart(model, tokens, config, 0) == {}
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if "codebook" in n)
+
+
 def test_the_stream_covers_every_image_once_however_it_is_split():
     whole = Stream(None, tiny(steps=3), 0, 0, 1).numbers
     parts = [Stream(None, tiny(steps=3), 0, rank, 2).numbers for rank in range(2)]
