@@ -92,7 +92,7 @@ def test_off_the_sphere_no_code_restarts():
     config = tiny(restart_after=1, vmf=False)
     model = build(config)
     before = {n: p.clone() for n, p in model.named_parameters() if "codebook" in n}
-    _, tokens = gradients(model, model.vlm.embed_text(World.train_names), micro_batches(config), config)
+    _, tokens = gradients(model, model.vlm.embed_text(World.train_names), micro_batches(config, 0, 1), config)
     assert restart(model, tokens, config, 0) == {}
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if "codebook" in n)
 
