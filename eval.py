@@ -29,7 +29,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from clip import VLM, open_model
-from data import Folder, open_dataset
+from data import open_dataset, test_set
 from images import InputError, checksum, palette, parse_flags, parse_names, read_image, run_cli, write_files
 from inference import segment_photo
 from losses import VGG
@@ -39,7 +39,6 @@ from pictures import legend, overlay, resize, sample_sheet, to_image, token_map
 from published import COUNTS, NotFound
 from tally import Pass, evaluate, evaluate_dense, forget
 from vocabulary import DATASETS, load_vocabulary, read_classes
-from world import World
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
@@ -131,15 +130,6 @@ def write_scores(path_stem, table):
 
 
 # --- the world, or a folder of your own -----------------------------------------------------------------------------
-
-
-def test_set(config, data=None, ignore=255, images=None, names=None):
-    """What a run is scored on: the folder `data`, or the world's test scenes for a run of the world."""
-    if data is not None:
-        return Folder(data, ignore=ignore, short_side=config.short_side, long_side=config.long_side, names=names)
-    if config.preset != "world" or config.data:
-        raise InputError("a run that was trained on a folder is scored on one: give --data DIR")
-    return World("val", **({} if images is None else {"length": images}))
 
 
 def score_table(runs, device="cpu", how=Pass(), data="the world's test scenes", names_file=None):

@@ -32,7 +32,7 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.setattr(E, "load_run", lambda run, device="cpu": (m := FakeModel(Path(run).name == "pat"), m.config))
     monkeypatch.setattr(E, "VLM", FakeVLM)
     monkeypatch.setattr(E, "open_model", lambda name, pretrained: (None, None))
-    monkeypatch.setattr(E, "World", lambda *args, **kwargs: TwoHalves())
+    monkeypatch.setattr("data.World", lambda *args, **kwargs: TwoHalves())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
