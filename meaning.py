@@ -21,9 +21,10 @@ The rows of a stage, all on its own grid and with its own number of codes K:
 What makes it fair, and what does not.  Clusters are fitted by `spherical_kmeans` to the second half of the images, and
 all rows are scored on the first.  PAT's codes were learned on the training scenes, which hold no unseen name, so
 k-means has the better matched images.  Indices go to the label's size by nearest cell, so a coarse grid pays for each
-pixel it misses: compare rows within a stage, not stages with each other, for K differs too, and purity rises with K.  Raw maps are CLIP's 8x8 in the world and early cells are 2x2 pixels: raw borders cannot be as fine as PAT's,
-who also looks at the pixels.  In the world a label is a colour and a shape: the NMI with each alone, on the pixels of
-objects, says which of the two a stage's codes follow.
+pixel it misses: compare rows within a stage, not stages with each other, for K differs too, and purity rises with K.
+Raw maps are CLIP's 8x8 in the world and early cells are 2x2 pixels: raw borders cannot be as fine as PAT's, who also
+looks at the pixels.  In the world a label is a colour and a shape: the NMI with each alone, on the pixels of objects,
+says which of the two a stage's codes follow.
 
     tokens (h,w) of 32x32, 16x16, 8x8, 8x8 for a 64x64 scene  ->  table (K,L) int64, four counts of border pixels
 
