@@ -188,6 +188,16 @@ def test_the_frechet_distance_of_singular_gaussians():
     assert metrics.frechet_distance(mean, cov, mean, 4 * cov) == pytest.approx(cov.trace().item(), rel=1e-9)
 
 
+def test_the_frechet_distance_of_few_samples_by_their_own_products():
+    """n centred samples X, Y as rows: Tr (S S')^½ is also the sum of singular values of X Yᵀ / (n - 1), which is n x n."""
+    X, Y = (np.random.default_rng(seed).random((6, 40)) * (1 + seed) for seed in (0, 1))
+    x, y = X - X.mean(0), Y - Y.mean(0)
+    want = ((X.mean(0) - Y.mean(0)) ** 2).sum() + (x**2).sum() / 5 + (y**2).sum() / 5
+    want -= 2 * np.linalg.svd(x @ y.T / 5, compute_uv=False).sum()
+    moments = [torch.tensor(z) for f in (X, Y) for z in (f.mean(0), np.cov(f, rowvar=False))]
+    assert metrics.frechet_distance(*moments) == pytest.approx(want, rel=1e-6)
+
+
 def test_rfid_from_sums_is_the_distance_of_numpys_moments():
     features = np.random.default_rng(0).random((2, 40, 6))
     features[1] *= 2
