@@ -310,12 +310,19 @@ def compare(model, dataset, images=None, seed=0, progress=True):
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def verdict(stage, rows):
-    """A line: what the tokens' purity and NMI are above, or below, those of raw features and of mere colours."""
-    rivals = {"raw features (the better of two)": (RAW, CENTRED), "mean colours": (COLOUR,), "VQ's input": (INPUT,)}
-    said = [f"{name} " + ", ".join(f"{key} {rows[TOKENS][key] - max(rows[row][key] for row in rivals[name]):+.3f}"
-                                   for key in ("purity", "NMI")) for name in rivals]
-    return f"{stage}: PAT's tokens minus {'; minus '.join(said)}"
+RIVALS = {"raw, better of two": (RAW, CENTRED), "mean colours": (COLOUR,), "VQ's input": (INPUT,), "random": (RANDOM,)}
+
+
+def verdict(stages):
+    """How much higher the tokens' purity and NMI are than those of each rival, as lines of text."""
+    lines = [f"{'purity and NMI: tokens minus':30}" + "".join(f"{name:>20}" for name in RIVALS)]
+    for stage, found in stages.items():
+        rows, cells = found["rows"], []
+        for rivals in RIVALS.values():
+            more = (rows[TOKENS][key] - max(rows[row][key] for row in rivals) for key in ("purity", "NMI"))
+            cells.append(" ".join(f"{difference:+.3f}" for difference in more))
+        lines.append(f"{stage:30}" + "".join(f"{cell:>20}" for cell in cells))
+    return lines
 
 
 def format_meaning(result, title):
@@ -335,7 +342,7 @@ def format_meaning(result, title):
               "  cosine: mean, between used codes."]
     if "NMI colour" in columns:
         lines.append("NMI colour, NMI shape: with only that part of an object's name, on the pixels of objects.")
-    return "\n".join(lines + [""] + [verdict(stage, found["rows"]) for stage, found in result["stages"].items()]) + "\n"
+    return "\n".join([*lines, "", *verdict(result["stages"])]) + "\n"
 
 
 def main(argv=None):

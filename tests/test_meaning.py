@@ -237,6 +237,9 @@ def test_the_command_writes_what_it_prints(tiny_run, capsys):
             assert (row["cosine"] is None) == (name in (M.RANDOM, M.LABELS))
         assert found["rows"][M.LABELS]["purity"] > found["rows"][M.RANDOM]["purity"]
     assert table["stages"]["early"]["grid"] == [32, 32] and "NMI shape" in text
+    rows = table["stages"]["latent"]["rows"]
+    more = [rows[M.TOKENS][key] - max(rows[M.RAW][key], rows[M.CENTRED][key]) for key in ("purity", "NMI")]
+    assert text.splitlines()[-1].split()[:3] == ["latent", *(f"{difference:+.3f}" for difference in more)]
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint.safetensors", "config.json", "meaning.json",
                                                            "meaning.txt"]
 
