@@ -3,6 +3,7 @@
     python eval.py runs/pat --compare runs/san        one table over the test set: text, JSON and a contact sheet
     python eval.py runs/pat --data DIR                the same over a folder with images/, labels/ and classes.txt
     python eval.py runs/pat --dataset all --data DIR  the six published datasets, as far as their archives are in DIR
+    python eval.py runs/pat --data DIR --rfid FILE    the reconstructions' rFID too, see metrics.load_inception
     python eval.py runs/pat --image photo.jpg --labels "red star, grass, something else" --out out.png
     torchrun --nproc_per_node=2 eval.py ...           the same scores, from as many processes
 

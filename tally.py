@@ -16,7 +16,7 @@ it; where any of this has changed it says what, and starts anew.
 
 # ours: all of it.  SAN's evaluator counts the same matrix, in one go.
 
-Tests: tests/test_tally.py.  Read next: eval.py.
+Tests: tests/test_tally.py.  Read next: meaning.py.
 """
 
 import json
