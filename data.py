@@ -30,6 +30,7 @@ from images import (AUGMENT, IGNORE, ORDER, InputError, augment, checksum, colou
                     parse_names, read_image, read_label, resize_short, rng_for, run_cli, to_tensor, write_files)
 from published import COUNTS, TITLES, ZIPS, NotFound, find, shrink
 from vocabulary import FOREIGN, load_vocabulary, overlap, read_classes
+from world import World
 
 
 class Pairs:
@@ -133,6 +134,15 @@ class Folder(Pairs):
             raise InputError(f"{path}: has class id {wrong[0]}, but the {len(self.names)} names are ids 0 to "
                              f"{len(self.names) - 1}; name it, or make it the ignore value (now {self.ignore})")
         return np.where(label == self.ignore, IGNORE, label)
+
+
+def test_set(config, data=None, ignore=255, images=None, names=None):
+    """What a run is scored on: the folder `data`, or (`images` of) the world's test scenes for a run of the world."""
+    if data is not None:
+        return Folder(data, ignore=ignore, short_side=config.short_side, long_side=config.long_side, names=names)
+    if config.preset != "world" or config.data:
+        raise InputError("a run that was trained on a folder is scored on one: give --data DIR")
+    return World("val", **({} if images is None else {"length": images}))
 
 
 # ---- a published dataset ----

@@ -3,6 +3,7 @@
     python eval.py runs/pat --compare runs/san        one table over the test set: text, JSON and a contact sheet
     python eval.py runs/pat --data DIR                the same over a folder with images/, labels/ and classes.txt
     python eval.py runs/pat --dataset all --data DIR  the six published datasets, as far as their archives are in DIR
+    python eval.py runs/pat --data DIR --rfid FILE    the reconstructions' rFID too, see metrics.load_inception
     python eval.py runs/pat --image photo.jpg --labels "red star, grass, something else" --out out.png
     torchrun --nproc_per_node=2 eval.py ...           the same scores, from as many processes
 
@@ -20,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -29,17 +31,16 @@ import torch.distributed as dist
 from PIL import Image
 
 from clip import VLM, open_model
-from data import Folder, open_dataset
+from data import open_dataset, test_set
 from images import InputError, checksum, palette, parse_flags, parse_names, read_image, run_cli, write_files
 from inference import segment_photo
 from losses import VGG
-from metrics import chance
+from metrics import INCEPTION, chance, load_inception
 from pat import load_run
 from pictures import legend, overlay, resize, sample_sheet, to_image, token_map
 from published import COUNTS, NotFound
 from tally import Pass, evaluate, evaluate_dense, forget
 from vocabulary import DATASETS, load_vocabulary, read_classes
-from world import World
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
@@ -47,7 +48,8 @@ from world import World
 COLUMNS = {"mIoU": "mIoU", "mIoU_old_rule": "old rule", "mIoU_seen": "seen", "mIoU_unseen": "unseen",
            "mIoU_stuff": "stuff", "foreground_accuracy": "fg/bg", "pixel_accuracy": "pixel acc",
            "mean_accuracy": "mean acc", "fwIoU": "fwIoU",
-           "PSNR": "PSNR dB", "SSIM": "SSIM", "L1": "L1", "LPIPS": "LPIPS"}
+           "PSNR": "PSNR dB", "SSIM": "SSIM", "L1": "L1", "LPIPS": "LPIPS", "rFID": "rFID"}
+RFID_IMAGES = 10_000                                          # what FID's authors recommend at the least
 RULES = ("mIoU: the mean IoU of the names with ground truth (detectron2 since July 2022).  old rule (its release 0.6): "
          "the same sum, but names without ground truth that were predicted are counted, as zeros.")
 
@@ -61,11 +63,28 @@ def format_rows(rows):
     for label, row in rows.items():
         values = {**row["segmentation"], **(row["reconstruction"] or {})}
         cells = {key: "-" if key not in values else "n/m" if values[key] is None else
-                 f"{values[key]:.2f}" if key == "PSNR" else f"{values[key]:.3f}" for key in columns}
+                 f"{values[key]:.2f}" if key in ("PSNR", "rFID") else f"{values[key]:.3f}" for key in columns}
         if not values["absent_predicted"]:
             cells["mIoU_old_rule"] = "same"
         lines.append(" ".join([f"{label:{width}}"] + [f"{cells[key]:>{max(8, len(columns[key]))}}" for key in columns]))
     return lines
+
+
+def rfid_lines(rows):
+    """Why rFID is not measured, or of how many images it is and what that means; [] where nothing was repainted."""
+    images = {row["images"]: row["reconstruction"]["rFID"] for row in rows.values() if row["reconstruction"]}
+    if not images:
+        return []
+    if None in images.values():
+        return [f"rFID n/m: not measured; it takes --rfid {INCEPTION}, the package of requirements-rfid.txt and at "
+                "least two images."]
+    n = min(images)
+    worth = f"rFID: {n} images against their reconstructions, at the size the network gets them."
+    if n < RFID_IMAGES:
+        worth += f"  Fewer than {RFID_IMAGES:,}: it comes out too high; compare it only with rFID of as many images."
+    if n <= 2048:
+        worth += "  No more than its 2,048 features: the covariances are singular."
+    return [worth]
 
 
 def format_codebooks(rows):
@@ -96,7 +115,8 @@ def absences(rows):
 def format_table(table):
     """The table of `score_table` as text."""
     lines = [f"{table['data']}: {table['images']} images, {len(table['names'])} names.  Fractions 0..1; PSNR in dB."]
-    lines += format_rows(table["rows"]) + format_codebooks(table["rows"]) + absences(table["rows"])
+    for part in (format_rows, rfid_lines, format_codebooks, absences):
+        lines += part(table["rows"])
     return "\n".join(lines + table["notes"]) + "\n"
 
 
@@ -112,7 +132,8 @@ def format_published(tables, missing):
         names = table["checksum"] + ("" if table["names_file"] is None else f" (--names {table['names_file']})")
         lines.append(f"{line} {counts:>11}  {names:16}  {table['route']}")
     lines += [f"{name}: not there: {needs}" for name, needs in missing.items()]
-    lines += absences(rows) + list(dict.fromkeys(note for table in tables.values() for note in table["notes"]))
+    lines += rfid_lines(rows) + absences(rows)
+    lines += dict.fromkeys(note for table in tables.values() for note in table["notes"])
     return "\n".join(lines) + "\n"
 
 
@@ -133,23 +154,14 @@ def write_scores(path_stem, table):
 # --- the world, or a folder of your own -----------------------------------------------------------------------------
 
 
-def test_set(config, data=None, ignore=255, images=None, names=None):
-    """What a run is scored on: the folder `data`, or the world's test scenes for a run of the world."""
-    if data is not None:
-        return Folder(data, ignore=ignore, short_side=config.short_side, long_side=config.long_side, names=names)
-    if config.preset != "world" or config.data:
-        raise InputError("a run that was trained on a folder is scored on one: give --data DIR")
-    return World("val", **({} if images is None else {"length": images}))
-
-
-def score_table(runs, device="cpu", how=Pass(), data="the world's test scenes", names_file=None):
+def score_table(runs, device="cpu", how=Pass(), data="the world's test scenes", names_file=None, inception=None):
     """The whole table: one row per run, then MaskCLIP-style, then chance.
 
     runs {label: (model, dataset)}: the first is the run in question, and the same pixels must be behind all.
     The MaskCLIP row uses the first run's VLM as it was before training, which tunes its position embedding.
     """
     model, dataset = next(iter(runs.values()))
-    rows = {label: evaluate(m, d, device=device, how=how._replace(title=f"{how.title}-{k}"))
+    rows = {label: evaluate(m, d, device=device, how=how._replace(title=f"{how.title}-{k}"), inception=inception)
             for k, (label, (m, d)) in enumerate(runs.items())}
     first, notes = next(iter(rows.values())), []
     try:
@@ -164,6 +176,14 @@ def score_table(runs, device="cpu", how=Pass(), data="the world's test scenes", 
     return table_of(model, dataset, data, rows, notes, names_file)
 
 
+def inception_of(args, how):
+    """What --rfid asks for, or None without it; without its package too, which is said now, not hours later."""
+    inception = args.rfid and load_inception(args.rfid, args.device)
+    if args.rfid and inception is None and how.rank == 0:
+        print("rFID will not be measured: pip install -r requirements-rfid.txt", file=sys.stderr)
+    return inception
+
+
 def score_command(args, how):
     """`eval.py RUN [--compare RUN ...]`: print the table, write scores.txt, scores.json and samples.png into RUN."""
     runs, names = {}, read_classes(Path(args.names)) if args.names else None
@@ -176,7 +196,8 @@ def score_command(args, how):
         runs[label] = model, test_set(config, args.data, ignore, args.images, names)
     tail = f"-first-{args.images}" if args.images else ""
     how = how._replace(title=("world" if args.data is None else "folder") + tail)
-    table = score_table(runs, args.device, how, args.data or "the world's test scenes", args.names)
+    inception = inception_of(args, how)
+    table = score_table(runs, args.device, how, args.data or "the world's test scenes", args.names, inception)
     if how.rank > 0:
         return
     model, dataset = next(iter(runs.values()))
@@ -245,9 +266,10 @@ def published_command(args, how):
     model, config = load_run(args.run, args.device)
     training, origin = training_names(args.run)
     found, missing = open_published(args, config, training)
+    inception = inception_of(args, how)
     label, tail, tables = f"{config.model.upper()} {args.run}", f"-first-{args.images}" if args.images else "", {}
     for name, dataset in found.items():
-        row = evaluate(model, dataset, device=args.device, how=how._replace(title=name + tail))
+        row = evaluate(model, dataset, device=args.device, how=how._replace(title=name + tail), inception=inception)
         tables[name] = published_table(label, model, dataset, row, args, origin)
         if how.rank == 0:
             text = json.dumps(tables[name], indent=1, allow_nan=False)
@@ -324,8 +346,10 @@ def check_flags(args):
         raise InputError(f"--workers {args.workers}: at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
-    if args.image is not None and (args.compare or args.data or args.images or args.dataset or args.names):
-        raise InputError("--image segments one picture: leave --compare, --data, --dataset, --names and --images out")
+    scored = {"--compare": args.compare, "--data": args.data, "--dataset": args.dataset, "--names": args.names,
+              "--images": args.images, "--rfid": args.rfid}
+    if args.image is not None and any(scored.values()):
+        raise InputError(f"--image segments one picture: leave {', '.join(scored)} out")
     photo = {"--labels": args.labels, "--out": args.out, "--none-of-these": args.none_of_these or None}
     if args.image is None and any(value is not None for value in photo.values()):
         raise InputError(f"{', '.join(k for k, v in photo.items() if v is not None)}: only together with --image FILE")
@@ -355,6 +379,7 @@ def main(argv=None):
     parser.add_argument("--names", metavar="FILE", help="other names for the same classes, one a line in order of ids")
     parser.add_argument("--ignore", type=int, help="label value of your own DIR that means unlabelled (255)")
     parser.add_argument("--images", type=int, metavar="N", help="score on the first N images only")
+    parser.add_argument("--rfid", metavar="WEIGHTS", help=f"also the rFID of the reconstructions, with {INCEPTION}")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (0)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--image", metavar="FILE", help="segment this picture instead of scoring")

@@ -10,14 +10,22 @@ IoU = T/(G+P-T).  Two rules for the mean are in circulation:
 Worked: G = (4,6,0), T = (4,2,0), P = (6,3,1) -> IoU = (4/6, 2/7, 0/1): new (.667+.286)/2 = .476, old .../3 = .317.
 All scores are fractions 0..1; PSNR is in dB.  Perplexity counts codes.
 
-# paper: mIoU as SAN evaluates it.  The paper's rFID needs real photos and Inception weights and is not computed here.
+rFID is the Frechet distance of two Gaussians, fitted to Inception's features of all originals and of all repainted
+images: |m - m'|² + Tr(S + S' - 2 (S S')^½).  Its sums over images are exact, so their order and the number of processes
+change nothing.  It has one name and one set of weights; without them it is not measured.
+
+# paper: mIoU as SAN evaluates it; rFID, of how many images it does not say.
 # ours: PSNR, SSIM, L1 and LPIPS of the reconstruction, each averaged over images; chance in closed form; foreground
-#       accuracy (object or stuff?) in the world.
+#       accuracy (object or stuff?) in the world; rFID at test resolution, originals as the network gets them.
 
 Tests: tests/test_metrics.py.  Read next: pictures.py.
 """
 
+import hashlib
+import io
 import math
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +33,9 @@ import torch.nn.functional as F
 from images import InputError
 from inference import unpad
 from vq import codebook_health
+
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"       # FID's: TensorFlow's of 2015 in torch-fidelity's layout
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 def confusion(prediction, label, L):
@@ -115,6 +126,72 @@ def reconstruction_scores(image, target, metric=None):
     distance = None if metric is None else metric(image[None], target[None], normalize=True).item()       # to [-1,1]
     return {"PSNR": psnr(image, target), "SSIM": ssim(image, target), "L1": (image - target).abs().mean().item(),
             "LPIPS": distance}
+
+
+class Inception:
+    """FID's features of one picture.  `network`: torch-fidelity's extractor, which resizes and scales as FID does."""
+
+    size = 2048
+
+    def __init__(self, network):
+        self.network = network
+
+    @torch.no_grad()
+    def __call__(self, image):
+        """(3,h,w) in [0,1], rounded to bytes and resized bilinearly to 299x299 as TensorFlow 1 does -> (2048) float64.
+
+        Multiples of 2**-14, a thousandth of what they vary by: float64 adds up their products without rounding as long
+        as the sum stays below 2**25, which is a hundred thousand images and more.
+        """
+        features = self.network((image.clamp(0, 1) * 255).round().byte()[None])[0][0]
+        return (features.double() * 2**14).round().cpu() / 2**14
+
+
+def load_inception(path, device="cpu"):
+    """The Inception of the weights at `path`, or None where the package of requirements-rfid.txt is not installed.
+
+    Raises InputError unless the file is FID's, to the last byte: other weights give another number.  Never downloads.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"--rfid {path}: cannot be read ({error.strerror}); it takes {INCEPTION}, which is in "
+                         "torch-fidelity's release v0.2.0") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != INCEPTION_SHA256:
+        raise InputError(f"--rfid {path}: is not {INCEPTION} (sha256 {found[:8]}..., not {INCEPTION_SHA256[:8]}...); "
+                         "with other weights the number would not be rFID")
+    if find_spec("torch_fidelity") is None:
+        return None
+    from torch_fidelity import FeatureExtractorInceptionV3
+
+    return Inception(FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], io.BytesIO(content)).to(device))
+
+
+def frechet_distance(mean_a, cov_a, mean_b, cov_b):
+    """|m - m'|² + Tr(S + S' - 2 (S S')^½) of two Gaussians: means (F), covariances (F,F), float64; may be singular.
+
+    Tr (S S')^½ is the sum of the singular values of S^½ S'^½: the root of a product is never taken, which for singular
+    covariances (fewer images than features) nobody computes reliably.
+    """
+    def root(cov):
+        values, vectors = torch.linalg.eigh(cov)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+    overlap = torch.linalg.svdvals(root(cov_a) @ root(cov_b)).sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap).clamp(min=0).item()
+
+
+def rfid(n, sums, products):
+    """rFID of n images from the sums (2,F) and the sums of products (2,F,F) of their features, originals first.
+
+    None for fewer than two images.  Covariances are divided by n - 1.
+    """
+    if n < 2:
+        return None
+    means = sums / n                                                                          # (2,F)
+    covs = (products - n * means[:, :, None] * means[:, None]) / (n - 1)                      # (2,F,F)
+    return frechet_distance(means[0], covs[0], means[1], covs[1])
 
 
 def count_tokens(seen, model):

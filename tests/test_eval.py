@@ -18,7 +18,7 @@ from data import Published
 from images import InputError, checksum
 from pat import build
 from test_published import STEMS, packed, unpacked
-from test_tally import FakeModel, FakeVLM, TwoHalves
+from test_tally import FakeInception, FakeModel, FakeVLM, TwoHalves
 from test_train import tiny
 from train import save_checkpoint
 from vocabulary import DATASETS, load_vocabulary
@@ -32,7 +32,7 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.setattr(E, "load_run", lambda run, device="cpu": (m := FakeModel(Path(run).name == "pat"), m.config))
     monkeypatch.setattr(E, "VLM", FakeVLM)
     monkeypatch.setattr(E, "open_model", lambda name, pretrained: (None, None))
-    monkeypatch.setattr(E, "World", lambda *args, **kwargs: TwoHalves())
+    monkeypatch.setattr("data.World", lambda *args, **kwargs: TwoHalves())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -50,6 +50,26 @@ def test_the_score_command_writes_table_json_and_pictures(runs, capsys):
     assert table["rows"]["chance"]["segmentation"]["pixel_accuracy"] == 0.5
     assert Image.open(runs / "pat/samples.png").width == 4 + 4 * 196
     assert sorted(path.name for path in (runs / "pat").iterdir()) == ["samples.png", "scores.json", "scores.txt"]
+
+
+def test_rfid_is_measured_with_its_weights_or_not_at_all(runs, monkeypatch, capsys):
+    """Without --rfid, and without its package: n/m and the reason.  With both: a number, its images, its worth."""
+    E.main(["pat"])
+    text = capsys.readouterr().out
+    assert "    rFID\n" in text and "rFID n/m: not measured; it takes --rfid weights-inception" in text
+    monkeypatch.setattr(E, "load_inception", lambda path, device: None)
+    E.main(["pat", "--rfid", "w.pth"])
+    out, error = capsys.readouterr()
+    assert out == text and error.startswith("rFID will not be measured: pip install -r requirements-rfid.txt")
+    monkeypatch.setattr(E, "load_inception", lambda path, device: FakeInception())
+    E.main(["pat", "--compare", "san", "--rfid", "w.pth"])
+    text, table = capsys.readouterr().out, json.loads((runs / "pat/scores.json").read_text())
+    assert table["rows"]["PAT pat"]["reconstruction"]["rFID"] == pytest.approx(0, abs=1e-3)
+    assert "rFID: 2 images against their reconstructions" in text and "Fewer than 10,000" in text
+    assert "2,048 features: the covariances are singular" in text and "not measured; it takes" not in text
+    packed(runs / "data", "voc20")
+    E.main(["pat", "--dataset", "voc20", "--data", "data", "--rfid", "w.pth"])
+    assert "rFID: 2 images against their reconstructions" in capsys.readouterr().out
 
 
 def test_maskclip_that_cannot_be_loaded_is_left_out_and_said(runs, monkeypatch):
@@ -295,6 +315,8 @@ def test_only_the_first_process_writes_and_prints(runs, monkeypatch, capsys, dat
     (["pat", "--image", "a.png", "--labels", "a, b", "--out", "b.txt"], "picture's ending"),
     (["pat", "--image", "a.png", "--labels", "a, b", "--out", "a.png"], "overwrite the input"),
     (["pat", "--image", "a.png", "--labels", "a, b", "--out", "b.png", "--data", "d"], "leave --compare"),
+    (["pat", "--image", "a.png", "--labels", "a, b", "--out", "b.png", "--rfid", "w"], "leave --compare.* --rfid out"),
+    (["pat", "--rfid", "gone.pth"], "--rfid gone.pth: cannot be read"),
     (["pat", "--dataset", "all"], "give --data DIR with the archives"),
     (["pat", "--dataset", "all", "--data", "d", "--compare", "san"], "one run at a time"),
     (["pat", "--dataset", "all", "--data", "d", "--ignore", "0"], "folder of your own"),

@@ -225,6 +225,46 @@ def test_two_shares_add_up_to_the_whole(kept, monkeypatch):
     assert whole["matrix"].sum() == sum(40 * (24 + 8 * i) for i in range(7))
 
 
+class FakeInception:
+    """Twelve features of a picture, rounded as the real ones: sums of its corner."""
+
+    size = 12
+
+    def __call__(self, image):
+        return (image[:, :2, :2].flatten().double() * 2**14).round() / 2**14
+
+
+def test_rfid_of_two_processes_and_of_a_stopped_pass_is_rfid(kept, monkeypatch):
+    """Its sums are those of numpy over all seven images, bit for bit, whoever counted them in whatever order."""
+    monkeypatch.setattr(tally.dist, "all_reduce", lambda tensor: None)
+    inception, found, original = FakeInception(), [], tally.run
+    monkeypatch.setattr(tally, "run", lambda *args: found.append(original(*args)) or found[-1])
+    whole = evaluate(FakeModel(), Noisy(), how=QUIET, inception=inception)
+    for rank in (0, 1):
+        evaluate(FakeModel(), Noisy(), how=QUIET._replace(rank=rank, processes=2), inception=inception)
+    one, *two = (t.tensors for t in found)
+    for key in ("rfid.sums", "rfid.products"):
+        assert torch.equal(two[0][key] + two[1][key], one[key]), key
+    features = np.stack([inception(to_unit(Noisy()[i]["image"])).numpy() for i in range(7)])
+    assert (one["rfid.sums"][0].numpy() == features.sum(0)).all()
+    assert (one["rfid.products"][0].numpy() == features.T @ features).all()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(FakeModel(), Noisy(stop_at=5), how=kept, inception=inception)
+    again = Noisy()
+    assert evaluate(FakeModel(), again, how=kept, inception=inception) == whole and again.asked == [4, 5, 6]
+    assert whole["reconstruction"]["rFID"] < 1e-3             # this model repaints its input, to float rounding
+
+
+def test_rfid_asked_for_later_reads_everything_again(kept, capsys):
+    stopped(kept)
+    again = Noisy()
+    row = evaluate(FakeModel(), again, how=kept, inception=FakeInception())
+    assert again.asked == list(range(7)) and row["reconstruction"]["rFID"] is not None
+    assert capsys.readouterr().out == "noisy: starts anew: rFID changed since it was stopped\n"
+    assert evaluate(FakeModel(), Noisy(), how=QUIET)["reconstruction"]["rFID"] is None
+    assert evaluate(FakeModel(False), Noisy(), how=QUIET, inception=FakeInception())["reconstruction"] is None
+
+
 def test_more_processes_than_images(monkeypatch):
     """The last of eight has none of the seven, and still everything to add to the others'."""
     monkeypatch.setattr(tally.dist, "all_reduce", lambda tensor: None)
