@@ -30,6 +30,7 @@ from images import (AUGMENT, IGNORE, ORDER, InputError, augment, checksum, colou
                     parse_names, read_image, read_label, resize_short, rng_for, run_cli, to_tensor, write_files)
 from published import COUNTS, TITLES, ZIPS, NotFound, find, shrink
 from vocabulary import FOREIGN, load_vocabulary, overlap, read_classes
+from world import World
 
 
 class Pairs:
@@ -175,6 +176,36 @@ def open_dataset(name, root, split="val", *, crop=640, short_side=640, long_side
     another one; and when a file is read, for what is wrong in it.
     """
     return Published(name, find(name, Shelf(root, ZIPS), split), crop, short_side, long_side, names, training)
+
+
+# ---- the dataset of a run ----
+def opened(config, root, split):
+    """The dataset in `root`: a folder of your own if it has a classes.txt, else that split of COCO-Stuff.
+
+    config: a PATConfig, for its sizes and its ignore value.  Raises InputError if it is neither.
+    """
+    sizes = dict(crop=config.short_side, short_side=config.short_side, long_side=config.long_side)
+    if (Path(root) / "classes.txt").exists():
+        return Folder(root, ignore=config.ignore, **sizes)
+    try:
+        return open_dataset("coco-stuff", root, split, **sizes)
+    except NotFound as error:
+        raise InputError(f"{error}; a folder of your own needs images/, labels/ and classes.txt") from error
+
+
+def scored_on(config, scenes=500):
+    """(dataset, where it is from in words) of a run's scores and pictures.
+
+    `val_data` if it was given, else the images it was trained on, else the world's test scenes.  Raises InputError for a
+    run that says of none where they are, such as an imported one.  `scenes`: how many of the world's.
+    """
+    if config.val_data:
+        return opened(config, config.val_data, "val"), config.val_data
+    if config.data:
+        return opened(config, config.data, "train"), f"training images of {config.data}"
+    if config.preset == "world":
+        return World("val", scenes), "the world's test scenes"
+    raise InputError("the run does not say which images it is scored on: give --data DIR, or a picture: --image FILE")
 
 
 # ---- what is there ----

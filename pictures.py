@@ -2,9 +2,12 @@
 
     overlay      (H,W,3) uint8 and names (H,W) -> the photo tinted by name, white borders between names
     token_map    the tokens of one stage as flat squares over the picture they were taken from
-    sample_sheet the first images of a dataset, one a row: input, ground truth, prediction, reconstruction
+    write_names  each name written inside its regions, as large as they allow
+    contact_sheet, sample_sheet    pictures in rows; the first images of a dataset with what a model made of them
+    Figure       a white sheet for dots, lines and text; lines and dots are smooth
 
-A name, and a code, has the same colour in every picture (images.palette).
+A name, and a code, has the same colour in every picture (images.palette).  Text is in Pillow's own font, which knows
+Latin letters only.
 
 Tests: tests/test_pictures.py.  Read next: tally.py.
 """
@@ -12,9 +15,12 @@ Tests: tests/test_pictures.py.  Read next: tally.py.
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from images import palette
 from inference import UNNAMED, segment
+
+INK = palette(27)[[6, 26, 7, 8, 17, 24, 15, 25, 16]]          # the palette's dark colours, for lines and text on white
 
 
 def to_image(unit):
@@ -60,30 +66,165 @@ def legend(prediction, names, colours):
     return sheet
 
 
-def token_map(index, codes, crop, padded, size):
-    """index (a,b) over the padded input, of a book of `codes` -> (H,W,3) uint8: each pixel in the colour of its token.
+def spread(index, crop, padded, size):
+    """index (a,b) over the padded input -> (H,W) int64: the token under each pixel of the picture.
 
-    A code has the same colour in every picture.  crop (h,w), padded and size (H,W) as in `two_step_bands`.
+    crop (h,w), padded and size (H,W) as in `two_step_bands`.
     """
     rows, columns = (((torch.arange(big) + 0.5) * h / big * cells / whole).long()             # pixel -> input -> token
                      for big, h, cells, whole in zip(size, crop, index.shape, padded))
-    return paint(index.cpu()[rows][:, columns], palette(codes))
+    return index.cpu()[rows][:, columns]
 
 
-def contact_sheet(rows, titles, cell=192):
-    """rows: lists of (H,W,3) uint8, one per title, drawn `cell` pixels wide (enlarged nearest) -> PIL image."""
-    heights = [max(picture.shape[0] * cell // picture.shape[1] for picture in row) for row in rows]
-    sheet = Image.new("RGB", (4 + len(titles) * (cell + 4), 24 + sum(heights) + 4 * len(rows)), "white")
-    for x, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((6 + x * (cell + 4), 4), title, fill="black", font=ImageFont.load_default(14))
-    y = 24
-    for row, height in zip(rows, heights):
-        for x, picture in enumerate(row):
-            size = max(1, picture.shape[0] * cell // picture.shape[1]), cell
-            shrinks = picture.shape[1] > cell
-            sheet.paste(Image.fromarray(resize(picture, size, smooth=shrinks)), (4 + x * (cell + 4), y))
-        y += height + 4
+def token_map(index, codes, crop, padded, size):
+    """`spread` in colours: index (a,b) of a book of `codes` -> (H,W,3) uint8.  A code looks the same in every picture."""
+    return paint(spread(index, crop, padded, size), palette(codes))
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def fitted(text, width, size):
+    """(text, font): the text at font size `size`, or smaller (8 at least), or cut with dots, to be `width` wide."""
+    while size > 8 and ImageFont.load_default(size).getlength(text) > width:
+        size -= 1
+    font = ImageFont.load_default(size)
+    if font.getlength(text) > width:
+        text = next((text[:n] + ".." for n in range(len(text), 0, -1) if font.getlength(text[:n] + "..") <= width), "")
+    return text, font
+
+
+def layouts(text):
+    """A name on one line, on two at each of its blanks, and a line for each word."""
+    words = text.split()
+    return dict.fromkeys([text, *(" ".join(words[:n]) + "\n" + " ".join(words[n:]) for n in range(1, len(words))),
+                          "\n".join(words)])
+
+
+def place(region, text, sizes=range(18, 8, -1), edge=2):
+    """Where a name goes in its region (H,W) bool: as large as fits, as far from the border as it can be.
+
+    -> (text with line breaks, font, box (left, top, right, bottom)); the box, outline `edge` included, lies in the
+    region.  Where nothing fits, the smallest of `sizes` around the region's innermost pixel, inside the picture.
+    """
+    H, W = region.shape
+    depth = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
+    sums = np.pad(region, ((1, 0), (1, 0))).cumsum(0).cumsum(1)                               # (H+1,W+1)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    for size in sizes:
+        font, boxes = ImageFont.load_default(size), {}
+        for layout in layouts(text):
+            left, top, right, bottom = measure.multiline_textbbox((0, 0), layout, font, spacing=1, stroke_width=edge)
+            w, h = boxes[layout] = int(np.ceil(right - left)), int(np.ceil(bottom - top))
+            if w > W or h > H:
+                continue
+            inside = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w] == w * h   # by the box's corner
+            if inside.any():
+                middle = depth[h // 2:h // 2 + inside.shape[0], w // 2:w // 2 + inside.shape[1]]
+                y, x = np.unravel_index(np.where(inside, middle, -1).argmax(), inside.shape)
+                return layout, font, (int(x), int(y), int(x) + w, int(y) + h)
+    layout, (w, h) = min(boxes.items(), key=lambda item: item[1][0])
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    x, y = max(0, min(int(x) - w // 2, W - w)), max(0, min(int(y) - h // 2, H - h))
+    return layout, font, (x, y, x + w, y + h)
+
+
+def write_names(picture, prediction, names, least=0.008):
+    """The names written, white with a dark outline, into each connected region of (H,W) of a `least` share of pixels.
+
+    picture (H,W,3) uint8 -> a new one.  Unnamed pixels stay without text.
+    """
+    sheet, prediction, edge = Image.fromarray(picture), np.asarray(prediction), 2
+    draw = ImageDraw.Draw(sheet)
+    for i in np.unique(prediction[prediction != UNNAMED]):
+        regions, n = ndimage.label(prediction == i)
+        for region in (regions == k for k in range(1, n + 1)):
+            if region.mean() < least:
+                continue
+            text, font, (left, top, _, _) = place(region, names[i], edge=edge)
+            dx, dy, _, _ = draw.multiline_textbbox((0, 0), text, font, spacing=1, stroke_width=edge, align="center")
+            draw.multiline_text((left - dx, top - dy), text, "white", font, spacing=1, align="center",
+                                stroke_width=edge, stroke_fill=(20, 20, 20))
+    return np.asarray(sheet)
+
+
+# --- sheets ---------------------------------------------------------------------------------------------------------
+
+
+def contact_sheet(rows, titles, cell=192, captions=None, gap=4):
+    """rows: lists of (H,W,3) uint8 or None, one per title, drawn `cell` pixels wide (enlarged nearest) -> PIL image.
+
+    captions: a list of str for each row, one under each picture, "" for none.
+    """
+    heights = [max(picture.shape[0] * cell // picture.shape[1] for picture in row if picture is not None)
+               for row in rows]
+    below = 0 if captions is None else 18
+    sheet = Image.new("RGB", (gap + len(titles) * (cell + gap), 24 + sum(heights) + (gap + below) * len(rows)), "white")
+    draw, y = ImageDraw.Draw(sheet), 24
+    for column, title in enumerate(titles):
+        text, font = fitted(title, cell - 2, 14)
+        draw.text((gap + 2 + column * (cell + gap), 4), text, fill="black", font=font)
+    for r, (row, height) in enumerate(zip(rows, heights)):
+        for column, picture in enumerate(row):
+            x = gap + column * (cell + gap)
+            if picture is not None:
+                size = max(1, picture.shape[0] * cell // picture.shape[1]), cell
+                sheet.paste(Image.fromarray(resize(picture, size, smooth=picture.shape[1] > cell)), (x, y))
+            if captions is not None:
+                text, font = fitted(captions[r][column], cell - 2, 12)
+                draw.text((x + 1, y + height + 1), text, fill=(70, 70, 70), font=font)
+        y += height + gap + below
     return sheet
+
+
+class Figure:
+    """A white sheet.  Lines, discs and boxes are drawn `FINE` times as large and shrunk; text comes on top, in full size.
+
+    Coordinates are pixels from the upper left corner; colours are anything PIL takes, or a row of a palette.
+    """
+
+    FINE = 3
+
+    def __init__(self, width, height):
+        self.sheet, self.words = Image.new("RGB", (width * self.FINE, height * self.FINE), "white"), []
+        self.draw = ImageDraw.Draw(self.sheet)
+
+    @staticmethod
+    def colour(given):
+        return given if given is None or isinstance(given, str) else tuple(int(c) for c in given)
+
+    def line(self, points, colour="black", width=1.0):
+        """Through points [(x,y), ...]."""
+        fine = [(x * self.FINE, y * self.FINE) for x, y in points]
+        self.draw.line(fine, self.colour(colour), round(width * self.FINE), joint="curve")
+
+    def arrow(self, start, end, colour="black", width=2.0, head=9):
+        """A line that ends in a point; `head` is the length of its tip in pixels."""
+        start, end = np.array(start, float), np.array(end, float)
+        along = (end - start) / max(np.hypot(*(end - start)), 1e-9)
+        across, back = np.array([-along[1], along[0]]), end - head * along
+        self.line([start, back], colour, width)
+        tip = [tuple(p * self.FINE) for p in (end, back + 0.45 * head * across, back - 0.45 * head * across)]
+        self.draw.polygon(tip, fill=self.colour(colour))
+
+    def disc(self, x, y, r, fill, edge=None, width=1.0):
+        box = [(v - r) * self.FINE for v in (x, y)] + [(v + r) * self.FINE for v in (x, y)]
+        self.draw.ellipse(box, self.colour(fill), self.colour(edge), round(width * self.FINE))
+
+    def box(self, left, top, right, bottom, fill=None, edge=None, width=1.0):
+        box = [v * self.FINE for v in (left, top, right, bottom)]
+        self.draw.rectangle(box, self.colour(fill), self.colour(edge), round(width * self.FINE))
+
+    def text(self, x, y, text, size=13, fill="black", anchor="la"):
+        """`anchor` is PIL's: where in the text (x,y) is, such as "mm" for its middle."""
+        self.words.append(((x, y), text, self.colour(fill), ImageFont.load_default(size), anchor))
+
+    def image(self):
+        """The sheet, PIL image of the size asked for."""
+        sheet = self.sheet.reduce(self.FINE)
+        for xy, text, fill, font, anchor in self.words:
+            ImageDraw.Draw(sheet).text(xy, text, fill, font, anchor)
+        return sheet
 
 
 def sample_sheet(model, dataset, names=None, device="cpu", scenes=6):
