@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
@@ -79,13 +79,17 @@ def matrix(figure, x, y, values, colour, text, cell=(42, 34), gaps=(0, 0)):
             figure.text(x + (j + 0.5) * w, y + (i + 0.5) * h, word, 13, fill, "mm")
 
 
+def two_readings(codes, features, kappa):
+    """Eq. 1: codes (n,D), features (m,D) -> scores (n,m); along rows: weights (n,m), where each code moves (n,D); down
+    columns: the code each feature takes (m)."""
+    scores = kappa * g(codes) @ g(features).T
+    return scores, scores.softmax(1), hypersphere_attention(codes, features, features, kappa), assign(features, codes)[0]
+
+
 def eq1(kappa=10.0):
     """Eq. 1 in one image: 4 codes and 12 features on a circle, their scores, and the two ways to read them. PIL image"""
     codes, features = on_circle(CODES), on_circle(FEATURES)
-    scores = kappa * g(codes) @ g(features).T                                             # (4,12)
-    weights = scores.softmax(1)
-    moved = hypersphere_attention(codes, features, features, kappa)                       # (4,2)
-    index, _, _ = assign(features, codes)                                                 # (12)
+    scores, weights, moved, index = two_readings(codes, features, kappa)
     n, m, r, top, height, x0 = *scores.shape, 84, 70, 262, 352
     figure, w, h = Figure(900, 70 + 3 * 262), 40, 36
     figure.text(20, 14, "Eq. 1: one score matrix, read along its two axes", 22)
@@ -158,11 +162,16 @@ def merged(modes, cosine=0.999):
     return first.unique(return_inverse=True)[1]
 
 
-def modes(kappas=(1, 10, 100), steps=200):
-    """72 points on a circle moving to their modes: outside where they start, inwards step by step.  PIL image"""
+def bunches():
+    """72 points on a circle, (72,2), in three bunches; those of hsattn.py's demo."""
     generator = torch.Generator().manual_seed(0)
     angles = torch.cat([torch.randn(24, generator=generator) * 0.3 + a for a in (0.2, 1.7, 3.4)])
-    points = torch.stack([angles.cos(), angles.sin()], -1)                                # (72,2), three bunches
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+def modes(kappas=(1, 10, 100), steps=200):
+    """Points on a circle moving to their modes: outside where they start, inwards step by step.  PIL image"""
+    points = bunches()
     figure, outer, inner = Figure(900, 384), 122, 40
     figure.text(20, 14, "Mean shift: each point moves to a mode of the density of all points", 22)
     figure.text(20, 44, f"Rim: 72 points. Inwards: hypersphere attention, step after step (the first take the most room), until "
@@ -393,10 +402,10 @@ class Best:
 
 
 def window(picture, y, x, side, s):
-    """The square of `side` pixels around (y,x) of (h,w,3) uint8, white outside it -> (s,s,3)."""
+    """The square of `side` pixels around (y,x) of (h,w,3) uint8, pale grey outside it -> (s,s,3)."""
     top, left = round(y - side / 2), round(x - side / 2)
     rows, columns = (slice(max(0, low), min(most, low + side)) for low, most in zip((top, left), picture.shape))
-    patch = np.full((side, side, 3), 255, np.uint8)
+    patch = np.full((side, side, 3), 232, np.uint8)
     patch[rows.start - top:rows.stop - top, columns.start - left:columns.stop - left] = picture[rows, columns]
     return patch if side == s else resize(patch, (s, s), smooth=True)
 
@@ -411,8 +420,8 @@ def patches_of(model, dataset, images, each=8, device="cpu"):
     """What each code means: the patches whose middle cell chose it with the highest cosine, best first.
 
     One pass over the first `images` of `dataset`.  -> {stage: (patches (K,each,s,s,3) uint8, counts (K) int64)}; counts:
-    how often a code was chosen, padding left out.  A patch shows a quarter of the input's short side (`patch_size`), white
-    beyond the image.  A code's patches are from different images where enough images have it; unused slots are white.
+    how often a code was chosen, padding left out.  A patch shows a quarter of the input's short side (`patch_size`), pale
+    grey beyond the image.  A code's patches are from different images where enough have it; unused slots are white.
     """
     was_training = model.training
     model.eval().to(device)
@@ -453,27 +462,34 @@ def filled(firsts, others, each):
     return np.take_along_axis(everything, chosen[..., None, None, None], 1)
 
 
-def patches(found, rows=8, size=44):
-    """`found` of patches_of drawn: per stage `rows` of its used codes, from the most used to the least.  PIL image"""
+def patches(model, found, rows=8, size=42):
+    """`found` of patches_of drawn: per stage `rows` of its used codes, from the most used to the least.  PIL image
+
+    A thin frame in the middle of a patch marks the token's own cell; around it lies what the patch shows besides.
+    """
     each, s = next(iter(found.values()))[0].shape[1:3]
     panel, height = 92 + each * (size + 3), 34 + rows * (size + 3) + 14
-    figure = Figure(16 + 2 * panel, 8 + 2 * height)
-    pasted = []
+    figure = Figure(4 + 2 * panel, 8 + 2 * height)
+    pasted, cells = [], dict(zip(STAGES, (*(model.config.patch / scale for scale in model.config.scales),
+                                          model.config.patch)))                           # a token's side, input pixels
     for p, (stage, (book, counts)) in enumerate(found.items()):
-        left, top = 8 + p % 2 * panel, 8 + p // 2 * height
+        left, top = 6 + p % 2 * panel, 8 + p // 2 * height
         used = [int(k) for k in counts.argsort(descending=True, stable=True) if counts[k] > 0]
         chosen = [used[i] for i in np.unique(np.linspace(0, len(used) - 1, min(rows, len(used))).round().astype(int))]
         figure.text(left, top, stage, 17)
-        figure.text(left + 62, top + 3, f"{len(chosen)} of {len(counts)} codes, most used to least; {len(used)} were used", 12, GREY)
+        figure.text(left + 62, top + 3, f"{len(chosen)} of the {len(used)} used codes (of {len(counts)}), most used first", 12, GREY)
         for r, k in enumerate(chosen):
             y = top + 30 + r * (size + 3)
             figure.box(left, y, left + 20, y + size, palette(k + 1)[k])
             figure.text(left + 26, y + 14, f"code {k}", 12, "black", "lm")
             figure.text(left + 26, y + 30, f"{counts[k] / counts.sum():.1%}", 12, GREY, "lm")
-            pasted += [(left + 78 + j * (size + 3), y, book[k, j]) for j in range(each)]
+            half = size * cells[stage] / patch_size(model)[0] / 2
+            pasted += [(left + 84 + j * (size + 3), y, book[k, j], half) for j in range(min(each, int(counts[k])))]
     sheet = figure.image()
-    for x, y, patch in pasted:
+    for x, y, patch, half in pasted:
         sheet.paste(Image.fromarray(resize(patch, (size, size), smooth=s > size)), (x, y))
+        low, high = round(size / 2 - half) - 1, round(size / 2 + half)
+        ImageDraw.Draw(sheet).rectangle((x + low, y + low, x + high, y + high), outline=(255, 255, 255))
     return sheet
 
 
@@ -584,7 +600,7 @@ def draw(name, model, samples, images, device="cpu"):
     sample, a dict of image (3,h,w), original (H,W,3) uint8, label (H,W) or None; it then has `names` only for masks.
     """
     if name == "patches":
-        return patches(patches_of(model, samples, images, device=device))
+        return patches(model, patches_of(model, samples, images, device=device))
     first = [samples[i] for i in range(min(len(samples), 4))]
     shown = [sample["image"].to(device) for sample in first]
     if name == "masks":
