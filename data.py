@@ -196,8 +196,8 @@ def opened(config, root, split):
 def scored_on(config, scenes=500):
     """(dataset, where it is from in words) of a run's scores and pictures.
 
-    `val_data` if it was given, else the images it was trained on, else the world's test scenes.  Raises InputError for a
-    run that says of none where they are, such as an imported one.  `scenes`: how many of the world's.
+    `val_data` if it was given, else the images it was trained on, else the world's test scenes (`scenes` of them).
+    Raises InputError for a run that says of none where they are, such as an imported one.
     """
     if config.val_data:
         return opened(config, config.val_data, "val"), config.val_data

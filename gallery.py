@@ -2,18 +2,18 @@
 
     python gallery.py eq1                  Eq. 1: one score matrix; softmax along the features, argmax along the codes
     python gallery.py modes                mean shift: points on a circle move to their modes, kappa 1, 10, 100
-    python gallery.py stages RUN           raw features clustered, above the token maps: early, mid, late, latent (Fig. 1)
+    python gallery.py stages RUN           raw features clustered, above the token maps of each stage (Fig. 1)
     python gallery.py clustering RUN       mean shift over raw features against tokenization (Fig. 6)
     python gallery.py pyramid RUN          repainted from the latent tokens alone, + late, + mid, + early
     python gallery.py masks RUN            masks with their names on them, beside the ground truth
     python gallery.py patches RUN          for each code, the image patches that chose it most: what the code means
     python gallery.py curves RUN           the training curves of log.jsonl
 
-A picture goes to RUN/pictures/NAME.png or where --out says.  The images are the first that the run is scored on, never
-chosen by hand; --image FILE takes one of yours instead (masks then also needs --labels "red star, grass").
+A picture goes to RUN/pictures/NAME.png or where --out says.  The images are the first that the run is scored on,
+never chosen by hand; --image FILE takes one of yours instead (masks then also needs --labels "red star, grass").
 
-A code has one colour, images.palette's, in every picture.  A cluster has no number of its own, so it wears the colour of
-the code it shares most cells with, one to one: where clusters and tokens agree, they look the same.
+A code has one colour, images.palette's, in every picture.  A cluster has no number of its own, so it wears the colour
+of the code it shares most cells with, one to one: where clusters and tokens agree, they look the same.
 
 # paper: Fig. 1 and Fig. 6 are our models for `stages` and `clustering`.
 # ours: raw features of "latent", which has no depth of its own: what leaves CLIP's last block.
@@ -36,18 +36,19 @@ from tqdm import tqdm
 
 from data import scored_on
 from hsattn import g, hypersphere_attention, mean_shift
-from images import (InputError, palette, parse_flags, parse_names, read_image, resize_short, rng_for, run_cli, to_tensor,
-                    to_unit, write_files)
+from images import (InputError, palette, parse_flags, parse_names, read_image, resize_short, rng_for, run_cli,
+                    to_tensor, to_unit, write_files)
 from inference import pad, segment, unpad
 from metrics import psnr
 from pat import STAGES, load_config, load_run
-from pictures import INK, Figure, contact_sheet, overlay, paint, resize, spread, to_image, write_names
+from pictures import (GREY, INK, Figure, contact_sheet, overlay, paint, plot, resize, spread, to_image,
+                      write_names)
 from tally import make_folder
 from vq import assign
 
 # B batch; C CLIP width; D code width; K codes of a stage; a, b a stage's grid over the padded input.
 
-GREY, PALE = (110, 110, 110), (205, 208, 214)
+PALE = (205, 208, 214)
 
 
 # --- Eq. 1 ----------------------------------------------------------------------------------------------------------
@@ -83,18 +84,19 @@ def two_readings(codes, features, kappa):
     """Eq. 1: codes (n,D), features (m,D) -> scores (n,m); along rows: weights (n,m), where each code moves (n,D); down
     columns: the code each feature takes (m)."""
     scores = kappa * g(codes) @ g(features).T
-    return scores, scores.softmax(1), hypersphere_attention(codes, features, features, kappa), assign(features, codes)[0]
+    moved, (index, _, _) = hypersphere_attention(codes, features, features, kappa), assign(features, codes)
+    return scores, scores.softmax(1), moved, index
 
 
 def eq1(kappa=10.0):
-    """Eq. 1 in one image: 4 codes and 12 features on a circle, their scores, and the two ways to read them. PIL image"""
+    """Eq. 1 in one image: 4 codes and 12 features on a circle, their scores, the two ways to read them. PIL image"""
     codes, features = on_circle(CODES), on_circle(FEATURES)
     scores, weights, moved, index = two_readings(codes, features, kappa)
     n, m, r, top, height, x0 = *scores.shape, 84, 70, 262, 352
     figure, w, h = Figure(900, 70 + 3 * 262), 40, 36
     figure.text(20, 14, "Eq. 1: one score matrix, read along its two axes", 22)
-    figure.text(20, 44, "g(x) = x / |x| puts codes and features on the unit sphere (here a circle); their cosine is all "
-                        "that counts.", 13, GREY)
+    figure.text(20, 44, "g(x) = x / |x| puts codes and features on the unit sphere (here a circle); their cosine is "
+                        "all that counts.", 13, GREY)
     names = "abcdefghijkl"
 
     def circle(y, dots, caption):
@@ -118,12 +120,14 @@ def eq1(kappa=10.0):
 
     # 1. the scores
     y = top
-    heading(y, f"the scores: kappa · cos(code, feature), kappa = {kappa:g}", "4 codes (arrows, rows) x 12 features (dots, columns)")
+    heading(y, f"the scores: kappa · cos(code, feature), kappa = {kappa:g}",
+            "4 codes (arrows, rows) x 12 features (dots, columns)")
     at = circle(y, [(60, 60, 60)] * m, ["codes 1 to 4, features a to l"])
     for i, code in enumerate(codes.tolist()):
         figure.arrow(at(code, 0), at(code), INK[i], 2.4)
     warm, cold = (222, 120, 40), (70, 120, 190)
-    matrix(figure, x0, y + 74, scores, lambda i, j: blend(warm if scores[i, j] > 0 else cold, abs(scores[i, j]) / kappa),
+    matrix(figure, x0, y + 74, scores,
+           lambda i, j: blend(warm if scores[i, j] > 0 else cold, abs(scores[i, j]) / kappa),
            lambda i, j: (f"{scores[i, j]:.1f}", "black"), (w, h))
 
     # 2. along a row
@@ -135,8 +139,8 @@ def eq1(kappa=10.0):
         figure.line([at(old, 0), at(old, r - 14)], blend(INK[i], 0.35), 2)
         figure.arrow(at(new, 0), at(new), INK[i], 2.6)
     matrix(figure, x0, y + 74, weights, lambda i, j: blend(INK[i], weights[i, j] * 1.6),
-           lambda i, j: (f"{weights[i, j]:.2f}"[1:] if weights[i, j] >= 0.005 else "", "white" if weights[i, j] > 0.3 else "black"),
-           (w, h), (10, 0))
+           lambda i, j: (f"{weights[i, j]:.2f}"[1:] if weights[i, j] >= 0.005 else "",
+                         "white" if weights[i, j] > 0.3 else "black"), (w, h), (10, 0))
     for i in range(n):
         figure.text(x0 + m * w + 8, y + 74 + (i + 0.5) * h, f"= {weights[i].sum():.0f}", 13, INK[i], "lm")
 
@@ -174,8 +178,8 @@ def modes(kappas=(1, 10, 100), steps=200):
     points = bunches()
     figure, outer, inner = Figure(900, 384), 122, 40
     figure.text(20, 14, "Mean shift: each point moves to a mode of the density of all points", 22)
-    figure.text(20, 44, f"Rim: 72 points. Inwards: hypersphere attention, step after step (the first take the most room), until "
-                        f"they rest on the modes.", 13, GREY)
+    figure.text(20, 44, "Rim: 72 points. Inwards: hypersphere attention, step after step (the first take the most "
+                        "room), until they rest on the modes.", 13, GREY)
     for column, kappa in enumerate(kappas):
         cx, cy = 150 + 300 * column, 212
         path = [points]
@@ -372,7 +376,7 @@ def named(picture, prediction, names, width=448):
 
 
 def masks(model, samples, names, cell=296):
-    """samples: dicts of image (3,h,w), original (H,W,3) and label (H,W) or None -> input, ground truth, said.  PIL image"""
+    """samples: dicts of image (3,h,w), original (H,W,3), label (H,W) or None -> rows of input, truth, said.  PIL"""
     text, rows = model.vlm.embed_text(names), []
     for sample in samples:
         said, _ = segment(model, sample["image"], text, sample["original"].shape[:2])         # (H,W)
@@ -419,9 +423,9 @@ def patch_size(model):
 def patches_of(model, dataset, images, each=8, device="cpu"):
     """What each code means: the patches whose middle cell chose it with the highest cosine, best first.
 
-    One pass over the first `images` of `dataset`.  -> {stage: (patches (K,each,s,s,3) uint8, counts (K) int64)}; counts:
-    how often a code was chosen, padding left out.  A patch shows a quarter of the input's short side (`patch_size`), pale
-    grey beyond the image.  A code's patches are from different images where enough have it; unused slots are white.
+    One pass over the first `images` of `dataset` -> {stage: (patches (K,each,s,s,3) uint8, counts (K) int64)}; counts:
+    how often a code was chosen, padding left out.  A patch shows a quarter of the input's short side (`patch_size`),
+    pale grey beyond the image.  A code's are from different images where enough have it; unused slots are white.
     """
     was_training = model.training
     model.eval().to(device)
@@ -429,7 +433,7 @@ def patches_of(model, dataset, images, each=8, device="cpu"):
     sizes = {stage: len(model.codebook(stage)) for stage in STAGES}
     counts = {stage: torch.zeros(K, dtype=torch.int64) for stage, K in sizes.items()}
     firsts = {stage: Best(K, each, s) for stage, K in sizes.items()}                      # the best of each image
-    others = {stage: Best(K, each, s) for stage, K in sizes.items()}                      # the second best, the third ...
+    others = {stage: Best(K, each, s) for stage, K in sizes.items()}                      # the second, the third, ...
     for i in tqdm(range(min(images, len(dataset))), "patches", unit="image", leave=False):
         image = dataset[i]["image"].to(device)
         picture, padded = to_image(to_unit(image)), pad(image, model.stride).shape[-2:]
@@ -477,7 +481,8 @@ def patches(model, found, rows=8, size=42):
         used = [int(k) for k in counts.argsort(descending=True, stable=True) if counts[k] > 0]
         chosen = [used[i] for i in np.unique(np.linspace(0, len(used) - 1, min(rows, len(used))).round().astype(int))]
         figure.text(left, top, stage, 17)
-        figure.text(left + 62, top + 3, f"{len(chosen)} of the {len(used)} used codes (of {len(counts)}), most used first", 12, GREY)
+        said = f"{len(chosen)} of the {len(used)} used codes (of {len(counts)}), most used first"
+        figure.text(left + 62, top + 3, said, 12, GREY)
         for r, k in enumerate(chosen):
             y = top + 30 + r * (size + 3)
             figure.box(left, y, left + 20, y + size, palette(k + 1)[k])
@@ -496,61 +501,6 @@ def patches(model, found, rows=8, size=42):
 # --- the training curves --------------------------------------------------------------------------------------------
 
 
-class Axis:
-    """Values low..high along pixels start..end; `log`: in powers of ten.  `axis(value)` -> pixel, float."""
-
-    def __init__(self, low, high, start, end, log=False):
-        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
-
-    def __call__(self, value):
-        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-    def ticks(self):
-        """Round numbers in the range: 1, 2, 5 times a power of ten."""
-        if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            factors = (1, 2, 5) if self.high / self.low < 100 else (1,)
-            return [f * 10.0**d for d in decades for f in factors if self.low <= f * 10.0**d <= self.high]
-        rough = (self.high - self.low) / 4
-        unit = 10.0 ** math.floor(math.log10(rough))
-        step = min((f * unit for f in (1, 2, 5, 10)), key=lambda candidate: abs(candidate - rough))
-        return [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-
-
-def plot(figure, box, title, lines, log=False, steps=None):
-    """One panel: lines {name: [(step, value), ...]} in the box (left, top, right, bottom) of a Figure -> its two axes.
-
-    A line is named at its end; on a log axis values that are not positive are left out.
-    """
-    left, top, right, bottom = box
-    lines = {name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)] for name, points in lines.items()}
-    lines = {name: points for name, points in lines.items() if points}
-    values = [y for points in lines.values() for _, y in points] or [1.0]
-    low, high = (min(values) / 1.15, max(values) * 1.15) if log else (min(0.0, *values), max(values) * 1.05 or 1.0)
-    across = Axis(0, max(steps or 1, 1), left, right)
-    up = Axis(low, high if high > low else low + 1, bottom, top, log)
-    figure.text(left, top - 26, title, 15)
-    for value in up.ticks():
-        figure.line([(left, up(value)), (right, up(value))], (228, 228, 232), 0.7)
-        figure.text(left - 6, up(value), f"{value:g}", 11, GREY, "rm")
-    for value in across.ticks():
-        figure.line([(across(value), bottom), (across(value), bottom + 4)], GREY, 0.7)
-        figure.text(across(value), bottom + 12, f"{value:g}", 11, GREY, "mm")
-    figure.line([(left, bottom), (right, bottom)], GREY, 0.8)
-    ends = []
-    for (name, points), colour in zip(lines.items(), INK):
-        at = [(across(x), up(y)) for x, y in points]
-        figure.line(at, colour, 1.6)
-        figure.disc(*at[-1], 2.2, colour)
-        ends.append((at[-1][1], name, colour))
-    y = -math.inf
-    for wanted, name, colour in sorted(ends, key=lambda end: end[0]):
-        y = max(wanted, y + 14)                               # names keep 14 pixels apart
-        figure.text(right + 8, y, name, 12, colour, "lm")
-    return across, up
-
-
 def curves(lines):
     """The lines of log.jsonl (dicts, one a logged step) -> training curves, PIL image.  Codebooks' only for PAT."""
     steps = max(line["step"] for line in lines) + 1
@@ -561,9 +511,11 @@ def curves(lines):
 
     naming = series(**{"class (ce)": "ce_2", "mask": "mask_2", "dice": "dice_2"})
     tokens = series(**{"VQ": "vq", "CRF": "crf", "TV": "tv", "L1": "l1", "L2": "l2", "LPIPS": "lpips"})
-    books = {stage: [(line["step"] + 1, line[stage]["perplexity"]) for line in lines if stage in line] for stage in STAGES}
+    books = {stage: [(line["step"] + 1, line[stage]["perplexity"]) for line in lines if stage in line]
+             for stage in STAGES}
     rate = {"rate": [(line["step"] + 1, 1e4 * line["lr"]) for line in lines]}
-    panels = [("segmentation losses, unweighted (log)", naming, True), ("learning rate, in units of 0.0001", rate, False)]
+    panels = [("segmentation losses, unweighted (log)", naming, True),
+              ("learning rate, in units of 0.0001", rate, False)]
     if any(books.values()):
         panels[1:1] = [("token and pixel losses, unweighted (log)", tokens, True),
                        ("perplexity: how many codes are in use", books, False)]

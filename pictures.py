@@ -4,13 +4,15 @@
     token_map    the tokens of one stage as flat squares over the picture they were taken from
     write_names  each name written inside its regions, as large as they allow
     contact_sheet, sample_sheet    pictures in rows; the first images of a dataset with what a model made of them
-    Figure       a white sheet for dots, lines and text; lines and dots are smooth
+    Figure, plot a white sheet for dots, lines and text, all smooth; curves with axes on it
 
 A name, and a code, has the same colour in every picture (images.palette).  Text is in Pillow's own font, which knows
 Latin letters only.
 
 Tests: tests/test_pictures.py.  Read next: tally.py.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from images import palette
 from inference import UNNAMED, segment
 
 INK = palette(27)[[6, 26, 7, 8, 17, 24, 15, 25, 16]]          # the palette's dark colours, for lines and text on white
+GREY = (110, 110, 110)
 
 
 def to_image(unit):
@@ -77,7 +80,7 @@ def spread(index, crop, padded, size):
 
 
 def token_map(index, codes, crop, padded, size):
-    """`spread` in colours: index (a,b) of a book of `codes` -> (H,W,3) uint8.  A code looks the same in every picture."""
+    """`spread` in colours: index (a,b) of a book of `codes` -> (H,W,3) uint8.  A code looks the same everywhere."""
     return paint(spread(index, crop, padded, size), palette(codes))
 
 
@@ -178,7 +181,7 @@ def contact_sheet(rows, titles, cell=192, captions=None, gap=4):
 
 
 class Figure:
-    """A white sheet.  Lines, discs and boxes are drawn `FINE` times as large and shrunk; text comes on top, in full size.
+    """A white sheet.  Lines, discs and boxes are drawn `FINE` times as large and shrunk; text comes on top, unshrunk.
 
     Coordinates are pixels from the upper left corner; colours are anything PIL takes, or a row of a palette.
     """
@@ -240,3 +243,59 @@ def sample_sheet(model, dataset, names=None, device="cpu", scenes=6):
             rows[-1].append(resize(to_image(seen["image"]), prediction.shape, smooth=True))
     model.train(was_training)
     return contact_sheet(rows, ["input", "ground truth", "prediction", "reconstruction"][:len(rows[0])])
+
+
+class Axis:
+    """Values low..high along pixels start..end; `log`: in powers of ten.  `axis(value)` -> pixel, float."""
+
+    def __init__(self, low, high, start, end, log=False):
+        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+
+    def __call__(self, value):
+        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self):
+        """Round numbers in the range: 1, 2, 5 times a power of ten."""
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            factors = (1, 2, 5) if self.high / self.low < 100 else (1,)
+            return [f * 10.0**d for d in decades for f in factors if self.low <= f * 10.0**d <= self.high]
+        rough = (self.high - self.low) / 4
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = min((f * unit for f in (1, 2, 5, 10)), key=lambda candidate: abs(candidate - rough))
+        return [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+
+def plot(figure, box, title, lines, log=False, steps=None):
+    """One panel: lines {name: [(step, value), ...]} in the box (left, top, right, bottom) of a Figure -> its two axes.
+
+    A line is named at its end; on a log axis values that are not positive are left out.
+    """
+    left, top, right, bottom = box
+    lines = {name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]
+             for name, points in lines.items()}
+    lines = {name: points for name, points in lines.items() if points}
+    values = [y for points in lines.values() for _, y in points] or [1.0]
+    low, high = (min(values) / 1.15, max(values) * 1.15) if log else (min(0.0, *values), max(values) * 1.05 or 1.0)
+    across = Axis(0, max(steps or 1, 1), left, right)
+    up = Axis(low, high if high > low else low + 1, bottom, top, log)
+    figure.text(left, top - 26, title, 15)
+    for value in up.ticks():
+        figure.line([(left, up(value)), (right, up(value))], (228, 228, 232), 0.7)
+        figure.text(left - 6, up(value), f"{value:g}", 11, GREY, "rm")
+    for value in across.ticks():
+        figure.line([(across(value), bottom), (across(value), bottom + 4)], GREY, 0.7)
+        figure.text(across(value), bottom + 12, f"{value:g}", 11, GREY, "mm")
+    figure.line([(left, bottom), (right, bottom)], GREY, 0.8)
+    ends = []
+    for (name, points), colour in zip(lines.items(), INK):
+        at = [(across(x), up(y)) for x, y in points]
+        figure.line(at, colour, 1.6)
+        figure.disc(*at[-1], 2.2, colour)
+        ends.append((at[-1][1], name, colour))
+    y = -math.inf
+    for wanted, name, colour in sorted(ends, key=lambda end: end[0]):
+        y = max(wanted, y + 14)                               # names keep 14 pixels apart
+        figure.text(right + 8, y, name, 12, colour, "lm")
+    return across, up

@@ -319,8 +319,8 @@ def score(run, model, config, device):
     write_files({run / "samples.png": sample_sheet(model, test, device=device),
                  **run_pictures(run, model, test, config.val_images, device)})
     print(format_table(table), end="")
-    print("written: config.json, names.txt, log.jsonl, checkpoint.safetensors, scores.txt, scores.json, samples.png, pictures "
-          f"in {run}")
+    print("written: config.json, names.txt, log.jsonl, checkpoint.safetensors, scores.txt, scores.json, samples.png "
+          f"and pictures in {run}")
 
 
 def check_recipe(config, processes):

@@ -12,7 +12,7 @@ import gallery as G
 from hsattn import g, mean_shift
 from images import InputError, palette, to_tensor, to_unit
 from pat import STAGES, build
-from pictures import INK, Figure, contact_sheet, place, spread, write_names
+from pictures import INK, Axis, Figure, contact_sheet, place, plot, spread, write_names
 from test_train import tiny
 from vq import Tokens
 from world import World
@@ -42,7 +42,8 @@ def test_rows_are_softmax_over_the_features_and_columns_argmax_over_the_codes():
     assert torch.allclose(scores, 2 * torch.tensor([[1, half, 0], [0, root, 1]]), atol=1e-6)
     e = torch.tensor([[2.0, 1.0, 0.0]]).exp()
     assert torch.allclose(weights[:1], e / e.sum(), atol=1e-6)
-    assert torch.allclose(weights.sum(1), torch.ones(2)) and not torch.allclose(weights.sum(0), torch.ones(3), atol=0.05)
+    assert torch.allclose(weights.sum(1), torch.ones(2))
+    assert not torch.allclose(weights.sum(0), torch.ones(3), atol=0.05)
     assert torch.allclose(moved, g(weights @ features), atol=1e-6)
     assert index.tolist() == [0, 1, 1]
 
@@ -226,17 +227,17 @@ def test_cells_whose_middle_is_padding_are_not_counted():
 
 # ---- curves ----
 def test_axes_put_values_at_their_pixels_and_have_round_ticks():
-    across, up = G.Axis(0, 1000, 50, 250), G.Axis(0.01, 1, 200, 100, log=True)
+    across, up = Axis(0, 1000, 50, 250), Axis(0.01, 1, 200, 100, log=True)
     assert across(0) == 50 and across(250) == 100 and across(1000) == 250
     assert up(0.1) == pytest.approx(150) and up(1) == pytest.approx(100)                  # a decade is half the height
     assert across.ticks() == [0, 200, 400, 600, 800, 1000]
-    assert up.ticks() == pytest.approx([0.01, 0.1, 1]) and G.Axis(1, 6, 0, 1, log=True).ticks() == [1, 2, 5]
+    assert up.ticks() == pytest.approx([0.01, 0.1, 1]) and Axis(1, 6, 0, 1, log=True).ticks() == [1, 2, 5]
 
 
 def test_a_known_point_is_drawn_at_its_pixel():
     """A line from (0,1) to (100,100) on a log axis passes (50,10) and not (50,50)."""
     figure = Figure(300, 200)
-    across, up = G.plot(figure, (40, 30, 240, 180), "", {"a": [(0, 1.0), (100, 100.0)]}, log=True, steps=100)
+    across, up = plot(figure, (40, 30, 240, 180), "", {"a": [(0, 1.0), (100, 100.0)]}, log=True, steps=100)
     drawn = figure.image()
     assert (pixel(drawn, across(100), up(100)) == INK[0]).all()                           # the end, a dot
     assert np.abs(pixel(drawn, across(50), up(10)).astype(int) - INK[0]).max() < 90       # on the line, half covered
