@@ -322,8 +322,8 @@ def clustering(model, shown, kappas=(5, 10, 30), stage="late", cell=176):
         rows.append([f.picture])
         captions.append([""])
         for kappa in kappas:
-            modes_, nearest = mean_shift(x, x[thinned(len(x))], kappa, 100)
-            cluster = merged(modes_)[nearest].unique(return_inverse=True)[1].view(f.raw[stage].shape[1:])
+            ends, nearest = mean_shift(x, x[thinned(len(x))], kappa, 100)
+            cluster = merged(ends)[nearest].unique(return_inverse=True)[1].view(f.raw[stage].shape[1:])
             drawn = spread(cluster, f.crop, f.padded, f.crop)
             rows[-1].append(paint(drawn, wear([drawn], [token], int(cluster.max()) + 1, K)))
             captions[-1].append(counted(cluster, "cluster"))
@@ -375,20 +375,21 @@ def named(picture, prediction, names, width=448):
     return write_names(overlay(picture, prediction, palette(len(names)), 0.5), prediction, names)
 
 
-def masks(model, samples, names, cell=296):
+def masks(model, samples, names, width=900):
     """samples: dicts of image (3,h,w), original (H,W,3), label (H,W) or None -> rows of input, truth, said.  PIL"""
     text, rows = model.vlm.embed_text(names), []
     for sample in samples:
         said, _ = segment(model, sample["image"], text, sample["original"].shape[:2])         # (H,W)
         both = [said] if sample["label"] is None else [sample["label"], said]
-        rows.append([sample["original"], *(named(sample["original"], names_, names, cell) for names_ in both)])
+        cell = width // (1 + len(both)) - 4                                               # pixels
+        rows.append([sample["original"], *(named(sample["original"], ids, names, cell) for ids in both)])
     titles = ["the image", *["ground truth"] * (len(rows[0]) == 3), "named by the model"]
     return contact_sheet(rows, titles, cell)
 
 
 # --- what a code means ----------------------------------------------------------------------------------------------
 
-LARGEST = 48                           # pixels of a stored patch; 480 codes of 8 patches then take 27 MB
+LARGEST = 48                           # pixels of a stored patch; two times 8 patches of 480 codes then take 53 MB
 
 
 class Best:

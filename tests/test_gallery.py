@@ -281,7 +281,7 @@ def test_a_photo_of_any_size_with_words_of_its_own(model, monkeypatch, tmp_path,
     G.main(["pyramid", str(tmp_path), "--image", image])
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"masks-photo.png", "pyramid-photo.png"}
     assert "written: " in capsys.readouterr().out
-    assert Image.open(tmp_path / "pictures/masks-photo.png").width == 4 + 2 * 300         # no ground truth, no column
+    assert Image.open(tmp_path / "pictures/masks-photo.png").width == 4 + 2 * 450         # no ground truth, no column
 
 
 @pytest.mark.parametrize("argv, part", [
