@@ -250,9 +250,15 @@ def spherical_kmeans(x, K, seed, steps=20):             # TODO merge: meaning.sp
     return assign(x, centres)[0], centres
 
 
-def features(raw):
-    """(C,a,b) -> (a*b,C)"""
-    return raw.flatten(1).T
+def features(f, stage):
+    """The raw features of a Stages without those of its padding, (n,C)."""
+    return unpad(f.raw[stage], f.crop, f.padded).flatten(1).T
+
+
+def nearest_centre(f, stage, centres):
+    """centres (n,C) -> which of them each raw feature of a Stages is nearest to, padding and all, (a,b)."""
+    raw = f.raw[stage]
+    return assign(raw.flatten(1).T, centres)[0].view(raw.shape[1:])
 
 
 def wear(clusters, tokens, n, K):
@@ -268,8 +274,9 @@ def wear(clusters, tokens, n, K):
     return palette(K + n)[worn]
 
 
-def counted(index, what, of=None):
-    """A caption: how many different numbers a map (a,b) holds."""
+def counted(f, index, what, of=None):
+    """A caption: how many different numbers a map (a,b) of a Stages holds, padding left out."""
+    index = unpad(index, f.crop, f.padded)
     n = len(index.unique())
     return f"{index.shape[0]}x{index.shape[1]}: {n} {what}" + (f" of {of}" if of else "s" * (n != 1))
 
@@ -288,25 +295,28 @@ def stages(model, shown, fit=(), cell=176):
     clusters as the stage has codes, or as many as there are eighths of the features.  -> PIL image
     """
     found = [stage_maps(model, image) for image in shown]
-    more = [stage_maps(model, image).raw for image in fit]
+    x = {stage: [features(f, stage) for f in found] for stage in STAGES}
+    for f in (stage_maps(model, image) for image in fit):
+        for stage in STAGES:
+            x[stage].append(features(f, stage))
     rows, captions = [], []
     for f in found:
         rows += [[f.picture], [to_image(f.painted)]]
         captions += [["the image"], ["repainted from the tokens"]]
     for stage in STAGES:
         K = len(model.codebook(stage))
-        x = torch.cat([features(raw[stage]) for raw in (*(f.raw for f in found), *more)])
-        n = min(K, max(2, len(x) // SHARE))
-        _, centres = spherical_kmeans(x, n, 0)
-        clusters = [assign(features(f.raw[stage]), centres)[0].view(f.raw[stage].shape[1:]) for f in found]
+        together = torch.cat(x[stage])                                                    # (n,C)
+        n = min(K, max(2, len(together) // SHARE))
+        _, centres = spherical_kmeans(together, n, 0)
+        clusters = [nearest_centre(f, stage, centres) for f in found]                     # (a,b) each
         maps = [[spread(c, f.crop, f.padded, f.crop) for c, f in zip(clusters, found)],
                 [spread(f.index[stage], f.crop, f.padded, f.crop) for f in found]]
         colours = wear(*maps, n, K)
         for i, f in enumerate(found):
             rows[2 * i].append(paint(maps[0][i], colours))
             rows[2 * i + 1].append(paint(maps[1][i], palette(K)))
-            captions[2 * i].append("CLIP " + counted(clusters[i], "clusters", n))
-            captions[2 * i + 1].append("tokens " + counted(f.index[stage], "codes", K))
+            captions[2 * i].append("CLIP " + counted(f, clusters[i], "clusters", n))
+            captions[2 * i + 1].append("tokens " + counted(f, f.index[stage], "codes", K))
     depths = [f"CLIP block {d}" for d in model.vlm.depths[1:]] + ["CLIP's last block"]
     return contact_sheet(rows, ["", *(f"{s}: {d}" for s, d in zip(STAGES, depths))], cell, captions)
 
@@ -318,17 +328,17 @@ def clustering(model, shown, kappas=(5, 10, 30), stage="late", cell=176):
     """
     rows, captions, K = [], [], len(model.codebook(stage))
     for f in (stage_maps(model, image) for image in shown):
-        x, token = features(f.raw[stage]), spread(f.index[stage], f.crop, f.padded, f.crop)
+        x, token = features(f, stage), spread(f.index[stage], f.crop, f.padded, f.crop)
         rows.append([f.picture])
         captions.append([""])
         for kappa in kappas:
-            ends, nearest = mean_shift(x, x[thinned(len(x))], kappa, 100)
-            cluster = merged(ends)[nearest].unique(return_inverse=True)[1].view(f.raw[stage].shape[1:])
+            ends, _ = mean_shift(x, x[thinned(len(x))], kappa, 100)
+            cluster = merged(ends)[nearest_centre(f, stage, ends)]                        # (a,b)
             drawn = spread(cluster, f.crop, f.padded, f.crop)
             rows[-1].append(paint(drawn, wear([drawn], [token], int(cluster.max()) + 1, K)))
-            captions[-1].append(counted(cluster, "cluster"))
+            captions[-1].append(counted(f, cluster, "cluster"))
         rows[-1].append(paint(token, palette(K)))
-        captions[-1].append(counted(f.index[stage], "code"))
+        captions[-1].append(counted(f, f.index[stage], "code"))
     titles = ["the image", *(f"mean shift, kappa {kappa}" for kappa in kappas), f"{stage} tokens"]
     return contact_sheet(rows, titles, cell, captions)
 

@@ -302,3 +302,10 @@ def test_san_has_no_tokens_to_show(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": "san"}))
     with pytest.raises(InputError, match="SAN has no tokens, so stages has nothing to show"):
         G.main(["stages", str(tmp_path)])
+
+
+def test_captions_count_what_is_drawn_and_not_the_padding():
+    """2x2 cells over 16x16 of which 16x8 is picture: two cells, both 5."""
+    f = SimpleNamespace(crop=(16, 8), padded=(16, 16))
+    assert G.counted(f, torch.tensor([[5, 1], [5, 2]]), "code") == "2x1: 1 code"
+    assert G.counted(f, torch.tensor([[5, 1], [6, 2]]), "codes", 9) == "2x1: 2 codes of 9"
