@@ -187,6 +187,36 @@ def open_dataset(name, root, split="val", *, crop=640, short_side=640, long_side
     return Published(name, find(name, Shelf(root, ZIPS), split), crop, short_side, long_side, names, training)
 
 
+# ---- the dataset of a run ----
+def opened(config, root, split):
+    """The dataset in `root`: a folder of your own if it has a classes.txt, else that split of COCO-Stuff.
+
+    config: a PATConfig, for its sizes and its ignore value.  Raises InputError if it is neither.
+    """
+    sizes = dict(crop=config.short_side, short_side=config.short_side, long_side=config.long_side)
+    if (Path(root) / "classes.txt").exists():
+        return Folder(root, ignore=config.ignore, **sizes)
+    try:
+        return open_dataset("coco-stuff", root, split, **sizes)
+    except NotFound as error:
+        raise InputError(f"{error}; a folder of your own needs images/, labels/ and classes.txt") from error
+
+
+def scored_on(config, scenes=500):
+    """(dataset, where it is from in words) of a run's scores and pictures.
+
+    `val_data` if it was given, else the images it was trained on, else the world's test scenes (`scenes` of them).
+    Raises InputError for a run that says of none where they are, such as an imported one.
+    """
+    if config.val_data:
+        return opened(config, config.val_data, "val"), config.val_data
+    if config.data:
+        return opened(config, config.data, "train"), f"training images of {config.data}"
+    if config.preset == "world":
+        return World("val", scenes), "the world's test scenes"
+    raise InputError("the run does not say which images it is scored on: give --data DIR, or a picture: --image FILE")
+
+
 # ---- what is there ----
 def contents(dataset, images=None, title=""):
     """Read the first `images` labels (default all): -> pixels of each class (L,) int64, then of IGNORE, as (L+1,)."""

@@ -19,7 +19,8 @@ seeds, and iterating moves each of them to a mode of the feature density (`mean_
 # paper: Eq. 1; the idea of mean shift as attention is the Mean Shift Mask Transformer's, and so is kappa = 30.
 # ours: 8 heads of S/8, q and k normalised per head, v not, the head's output normalised, then one linear.
 
-Demo: `python hsattn.py` moves points on a circle to their modes.  Tests: tests/test_hsattn.py.  Read next: vq.py.
+Demo: `python hsattn.py` moves points on a circle to their modes; `python gallery.py modes` draws it.
+Tests: tests/test_hsattn.py.  Read next: vq.py.
 
 Dimensions (the same letters in every file)
     B batch    H, W image    h, w a stage's grid, P = h*w    C CLIP width    S side width    D code width (32)
@@ -151,20 +152,10 @@ class HSAttn(Attn):
 
 
 if __name__ == "__main__":
-    from PIL import Image, ImageDraw
-
     torch.manual_seed(0)
-    angles = torch.cat([torch.randn(60) * 0.25 + a for a in (0.2, 1.6, 3.2)])
-    points = torch.stack([angles.cos(), angles.sin()], -1)                                # (180,2), three bunches
-    picture = Image.new("RGB", (900, 320), "white")
-    draw = ImageDraw.Draw(picture)
-    for column, kappa in enumerate((1, 10, 100)):
+    angles = torch.cat([torch.randn(24) * 0.3 + a for a in (0.2, 1.7, 3.4)])
+    points = torch.stack([angles.cos(), angles.sin()], -1)                                # (72,2), three bunches
+    for kappa in (1, 10, 100):
         modes, _ = mean_shift(points, points, kappa, 200)
-        for p, m in zip(points.tolist(), modes.tolist()):
-            for (x, y), radius, r, fill in ((p, 100, 3, "#9ab"), (m, 70, 5, "#c22")):
-                cx, cy = 150 + 300 * column + radius * x, 170 + radius * y
-                draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
-        distinct = len({tuple((m * 20).round().int().tolist()) for m in modes})
-        draw.text((90 + 300 * column, 15), f"kappa {kappa}: {distinct} modes", fill="black")
-        print(f"kappa {kappa}: {distinct} modes")
-    picture.save("mean_shift.png")
+        degrees = sorted({round(a) % 360 for a in torch.atan2(modes[:, 1], modes[:, 0]).rad2deg().tolist()})
+        print(f"kappa {kappa}: the points end at {', '.join(f'{a} deg' for a in degrees)}")

@@ -15,7 +15,7 @@ with 6 accumulated twice compute the same gradient.
 
 A run directory holds config.json, names.txt (what it was trained with, one a line), log.jsonl (one line a logged step),
 checkpoint.safetensors (weights, AdamW's state and the step in one file, replaced atomically, no pickle), scores.txt,
-scores.json and samples.png.
+scores.json, samples.png and pictures (gallery.py).
 
 # paper: AdamW 1e-4, weight decay 1e-4, poly 0.9, clip 0.01, 120,000 steps of 12 images on 3 GPUs, mixed precision.
 # ours: the world's numbers; restart of dead codes there.
@@ -41,15 +41,15 @@ from tqdm import tqdm
 
 from ablations import STEPS, ablate, ablation_seeds
 from clip import pretrain
-from data import Folder, open_dataset
+from data import opened, scored_on
 from eval import format_table, score_table, write_scores
+from gallery import run_pictures
 from hsattn import g
 from images import InputError, parse_flags, rng_for, run_cli, to_unit, write_files
 from kernels import path
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
 from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state, warm_start
 from pictures import sample_sheet
-from published import NotFound
 from san import trainable
 from tally import Pass
 from vq import codebook_health, restart_dead_codes
@@ -265,17 +265,6 @@ def load_checkpoint(path, model, optimizer, scaler):
 # --- the run -------------------------------------------------------------------------------------------------------
 
 
-def opened(config, root, split):
-    """The dataset in `root`: a folder of your own if it has a classes.txt, else that split of COCO-Stuff."""
-    sizes = dict(crop=config.short_side, short_side=config.short_side, long_side=config.long_side)
-    if (Path(root) / "classes.txt").exists():
-        return Folder(root, ignore=config.ignore, **sizes)
-    try:
-        return open_dataset("coco-stuff", root, split, **sizes)
-    except NotFound as error:
-        raise InputError(f"{error}; a folder of your own needs images/, labels/ and classes.txt") from error
-
-
 def training_set(config):
     if config.preset == "world" and not config.data:
         return World("train")
@@ -320,21 +309,18 @@ def codebook_lines(model, seen, tokens, restarted):
     return lines
 
 
-def score(run, model, config, dataset, device):
-    """The table and the contact sheet at the end of a run: the world's test scenes, `val_data`, or training images."""
-    test, where = dataset, f"training images of {config.data}"
-    if config.val_data:
-        test, where = opened(config, config.val_data, "val"), config.val_data
-    elif isinstance(dataset, World):
-        test, where = World("val", config.val_images), "the world's test scenes"
+def score(run, model, config, device):
+    """The table and the pictures at the end of a run, on what it is scored on (data.scored_on)."""
+    test, where = scored_on(config, config.val_images)
     label = f"{config.model.upper()} {run}"
     how = Pass(images=config.val_images, workers=config.workers)
     table = score_table({label: (model, test)}, device, how, where)
     write_scores(run / "scores", table)
-    write_files({run / "samples.png": sample_sheet(model, test, device=device)})
+    write_files({run / "samples.png": sample_sheet(model, test, device=device),
+                 **run_pictures(run, model, test, config.val_images, device)})
     print(format_table(table), end="")
-    print("written: config.json, names.txt, log.jsonl, checkpoint.safetensors, scores.txt, scores.json, samples.png in "
-          f"{run}")
+    print("written: config.json, names.txt, log.jsonl, checkpoint.safetensors, scores.txt, scores.json, samples.png "
+          f"and pictures in {run}")
 
 
 def check_recipe(config, processes):
@@ -443,7 +429,7 @@ def train(config, resume=False, device="cpu"):
     if main and stop < config.steps:
         print(f"stopped after {stop} of {config.steps} steps; go on with: python train.py --resume {run}")
     elif main:
-        score(run, model, config, dataset, device)
+        score(run, model, config, device)
     return run
 
 

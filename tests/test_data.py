@@ -11,11 +11,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import Folder, label_sheet, open_dataset
+from data import Folder, label_sheet, open_dataset, scored_on
 from images import IGNORE, InputError, checksum, palette
 from test_images import noise
 from test_published import NAMES, STEMS, WANTED, merged, packed
+from pat import preset
 from vocabulary import load_vocabulary
+from world import World
 
 
 # ---- folders ----
@@ -45,6 +47,18 @@ def test_a_folder_reads_its_pairs_in_order_of_their_names(root):
     assert (sample["original"] == noise(seed=1)).all() and sample["label"].shape == (8, 6)
     assert sample["label"][0, 0] == IGNORE and sample["label"].dtype == torch.int64
     assert (sample["label"].flatten()[1:] >= 0).all()
+
+
+def test_a_run_is_scored_on_its_validation_folder_else_on_its_training_folder_else_on_the_world(root):
+    """An imported run says of none of them, and is told what to give."""
+    dataset, where = scored_on(preset("world", data="nowhere", val_data=str(root)))
+    assert isinstance(dataset, Folder) and len(dataset) == 3 and where == str(root)
+    dataset, where = scored_on(preset("world", data=str(root), ignore=254, short_side=12))
+    assert isinstance(dataset, Folder) and (dataset.ignore, dataset.short_side) == (254, 12) and "training" in where
+    dataset, _ = scored_on(preset("world"), 7)
+    assert isinstance(dataset, World) and dataset.split == "val" and len(dataset) == 7
+    with pytest.raises(InputError, match="--data DIR"):
+        scored_on(preset("coco"))
 
 
 def test_given_names_replace_the_file(root):

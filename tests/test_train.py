@@ -112,8 +112,8 @@ def test_a_short_training_lowers_the_loss(model, tmp_path):
     mean = lambda name, part: sum(line[name] for line in part) / len(part)                # noqa: E731
     for name, ratio in [("ce_2", 0.85)] + [("l2", 0.5), ("vq", 0.5)] * (model == "pat"):
         assert mean(name, lines[-8:]) < ratio * mean(name, lines[:4]), name
-    assert {"config.json", "log.jsonl", "checkpoint.safetensors", "scores.txt", "scores.json", "samples.png"} <= {
-        path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.json", "log.jsonl", "checkpoint.safetensors", "scores.txt", "scores.json", "samples.png",
+            "pictures"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_resuming_equals_never_having_stopped(tmp_path):
