@@ -91,6 +91,22 @@ def unpad(x, crop, padded):
     return x[..., :math.ceil(a * crop[0] / padded[0]), :math.ceil(b * crop[1] / padded[1])]
 
 
+def shown(out, crop, padded):
+    """What PAT's output dict shows of one image, see `segment`; {} for SAN's."""
+    if "image" not in out:
+        return {}
+    image = unpad(out["image"][0], crop, padded).clamp(0, 1)
+    return {"image": image, "tokens": out["tokens"], "crop": crop, "padded": padded}
+
+
+@torch.no_grad()
+def tokenize(model, image):
+    """One image (3,h,w) normalised through a PAT without any names -> the second value of `segment`."""
+    padded_image = pad(image.to(model.background.device), model.stride)
+    out = model(padded_image, padded_image.new_zeros(0, model.vlm.text_width))
+    return shown(out, tuple(image.shape[-2:]), tuple(padded_image.shape[-2:]))
+
+
 @torch.no_grad()
 def segment(model, image, text, size, none_of_these=False):
     """One image through the whole protocol: image (3,h,w) normalised, text (L,E), size (H,W) to answer at.
@@ -102,10 +118,7 @@ def segment(model, image, text, size, none_of_these=False):
     crop, padded = tuple(image.shape[-2:]), tuple(padded_image.shape[-2:])
     out = model(padded_image, text)
     prediction = name_pixels(out["masks"][-1][0], out["classes"][-1][0], padded, crop, tuple(size), none_of_these)
-    if "image" not in out:
-        return prediction, {}
-    image = unpad(out["image"][0], crop, padded).clamp(0, 1)
-    return prediction, {"image": image, "tokens": out["tokens"], "crop": crop, "padded": padded}
+    return prediction, shown(out, crop, padded)
 
 
 def segment_photo(model, picture, names, none_of_these=False):

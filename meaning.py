@@ -38,16 +38,17 @@ H, W: the label's size; a, b: a grid without what is padding.
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import test_set
+from data import scored_on
 from hsattn import g
 from images import IGNORE, InputError, parse_flags, run_cli, to_unit, write_files
-from inference import pad, unpad
+from inference import pad, tokenize, unpad
 from pat import STAGES, load_run
 from vq import codebook_health, nearest
 from world import COLOURS, SHAPES, World
@@ -175,23 +176,30 @@ def commonest(label, rows, columns, grid, L):
 
 
 @torch.no_grad()
+def raw_maps(model, image):
+    """What CLIP itself makes of an image (3,h,w): {stage: (1,C,a,b) the map that feeds the stage, padding included}.
+
+    The latent stage has no depth of its own: its map is what leaves CLIP's last block.
+    """
+    vlm = model.vlm
+    pyramid = vlm.features(pad(image.to(model.background.device), model.stride))
+    last = vlm.run(vlm.blocks[vlm.depths[-1]:], pyramid.tokens, pyramid.grid)[:, 1:]              # (1,P,C)
+    return dict(zip(STAGES, [*pyramid.maps[1:], last.mT.unflatten(2, pyramid.grid)]))
+
+
+@torch.no_grad()
 def look(model, image):
     """image (3,h,w) normalised -> sizes (crop, padded), {stage: (grid, index (a,b), {row: features (D,a,b)})}.
 
     On the CPU.  The rows are RAW, INPUT and COLOUR, this one as (r-½, g-½, b-½, 1), so that brightness is a direction
     too.  `grid` is over the padded input; cells that only cover padding are dropped from what follows it.
     """
-    device = model.background.device
-    padded_image = pad(image.to(device), model.stride)
-    sizes = tuple(image.shape[-2:]), tuple(padded_image.shape[-2:])
-    tokens = model(padded_image, torch.empty(0, model.vlm.text_width, device=device))["tokens"]   # no words are needed
-    pyramid, vlm = model.vlm.features(padded_image), model.vlm
-    last = vlm.run(vlm.blocks[vlm.depths[-1]:], pyramid.tokens, pyramid.grid)[:, 1:]              # (1,P,C)
-    raw = [*pyramid.maps[1:], last.transpose(1, 2).unflatten(2, pyramid.grid)]
-    seen = {}
-    for stage, clip_map in zip(STAGES, raw):
-        index, x = tokens[stage].index[0], tokens[stage].x[0]                                     # (a,b), (D,a,b)
-        mean_colour = F.adaptive_avg_pool2d(to_unit(padded_image), index.shape)[0] - 0.5
+    tokens, seen = tokenize(model, image), {}
+    sizes = tokens["crop"], tokens["padded"]
+    pixels = to_unit(pad(image, model.stride))                                                    # (1,3,H,W)
+    for stage, clip_map in raw_maps(model, image).items():
+        index, x = (value[0] for value in (tokens["tokens"][stage].index, tokens["tokens"][stage].x))  # (a,b), (D,a,b)
+        mean_colour = F.adaptive_avg_pool2d(pixels, index.shape)[0].to(x) - 0.5
         found = {RAW: F.interpolate(clip_map, size=index.shape, mode="bilinear", align_corners=False)[0], INPUT: x,
                  COLOUR: torch.cat([mean_colour, torch.ones_like(mean_colour[:1])])}
         found = {row: unpad(value, *sizes).cpu() for row, value in found.items()}
@@ -350,7 +358,7 @@ def main(argv=None):
     parser.add_argument("run", metavar="RUN", help="a run directory of a PAT that train.py left")
     parser.add_argument("--images", type=int, metavar="N", help=f"the first N only; half are clustered, half scored "
                         f"(all of a folder; {IMAGES} of the world)")
-    parser.add_argument("--data", metavar="DIR", help="a folder with images/, labels/ and classes.txt")
+    parser.add_argument("--data", metavar="DIR", help="images from here: a folder of yours, or COCO-Stuff")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     args = parse_flags(parser, argv)
     if args.images is not None and args.images < 2:
@@ -358,7 +366,7 @@ def main(argv=None):
     model, config = load_run(args.run)
     if config.model != "pat":
         raise InputError(f"{args.run}: is a run of {config.model.upper()}, which has no tokens; give a run of PAT")
-    dataset = test_set(config, args.data, config.ignore, args.images or IMAGES)
+    dataset, _ = scored_on(replace(config, val_data=args.data or config.val_data), args.images or IMAGES)
     result = compare(model, dataset, args.images)
     text, as_json = format_meaning(result, args.run), json.dumps(result, indent=1, allow_nan=False) + "\n"
     write_files({Path(args.run) / "meaning.txt": text, Path(args.run) / "meaning.json": as_json})
