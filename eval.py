@@ -1,6 +1,6 @@
 """Scores and pictures of a trained run: how well it names pixels, repaints the image and uses its codebooks.
 
-    python eval.py runs/pat --compare runs/san        one table over the test set: text, JSON and a contact sheet
+    python eval.py runs/pat --compare runs/san        one table over the test set, and report.html
     python eval.py runs/pat --data DIR                the same over a folder with images/, labels/ and classes.txt
     python eval.py runs/pat --dataset all --data DIR  the six published datasets, as far as their archives are in DIR
     python eval.py runs/pat --data DIR --rfid FILE    the reconstructions' rFID too, see metrics.load_inception
@@ -32,14 +32,17 @@ from PIL import Image
 
 from clip import VLM, open_model
 from data import open_dataset, test_set
+from gallery import NAMES, run_pictures
 from images import InputError, checksum, palette, parse_flags, parse_names, read_image, run_cli, write_files
 from inference import segment_photo
 from losses import VGG
 from metrics import INCEPTION, chance, load_inception
 from pat import load_run
+from patches import PATCH_IMAGES, patches_of
 from pictures import legend, overlay, resize, sample_sheet, to_image, token_map
 from published import COUNTS, NotFound
-from tally import Pass, evaluate, evaluate_dense, forget
+from report import report
+from tally import Pass, evaluate, evaluate_dense, forget, make_folder
 from vocabulary import DATASETS, load_vocabulary, read_classes
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -184,8 +187,28 @@ def inception_of(args, how):
     return inception
 
 
+def write_run(run, model, dataset, table, images, device="cpu"):
+    """All that shows a scored run: scores.txt and .json, samples.png, the pictures, and report.html that holds them.
+
+    table: `score_table`'s; images: how many of the dataset's first are searched for patches.  -> what was written
+    """
+    run, pat = Path(run), model.config.model == "pat"
+    found = patches_of(model, dataset, images, device=device) if pat else {}
+    drawn = run_pictures(run, model, dataset, found, device)
+    meaning, checkpoint = run / "meaning.txt", run / "checkpoint.safetensors"
+    current = meaning.is_file() and meaning.stat().st_mtime >= checkpoint.stat().st_mtime     # of these weights
+    page = report(model, dataset, table, COLUMNS, {NAMES[name]: picture for name, picture in drawn.items()}, found,
+                  meaning.read_text(encoding="utf-8") if current else None, device)
+    make_folder(run / "pictures")
+    write_scores(run / "scores", table)
+    write_files({run / "samples.png": sample_sheet(model, dataset, device=device), run / "report.html": page,
+                 **{run / "pictures" / f"{name}.png": picture for name, picture in drawn.items()}})
+    return (f"scores.txt, scores.json, samples.png, pictures ({', '.join(drawn)}) and report.html, which shows them all, "
+            f"in {run}")
+
+
 def score_command(args, how):
-    """`eval.py RUN [--compare RUN ...]`: print the table, write scores.txt, scores.json and samples.png into RUN."""
+    """`eval.py RUN [--compare RUN ...]`: print the table, write it, the pictures and report.html into RUN."""
     runs, names = {}, read_classes(Path(args.names)) if args.names else None
     for path in [args.run, *args.compare]:
         model, config = load_run(path, args.device)
@@ -201,13 +224,11 @@ def score_command(args, how):
     if how.rank > 0:
         return
     model, dataset = next(iter(runs.values()))
-    sheet = sample_sheet(model, dataset, device=args.device)
-    write_scores(Path(args.run) / "scores", table)
-    write_files({Path(args.run) / "samples.png": sheet})
+    written = write_run(args.run, model, dataset, table, min(args.images or PATCH_IMAGES, PATCH_IMAGES), args.device)
     for row in (*range(len(runs)), "maskclip"):
         forget(how.folder, f"{how.title}-{row}")
     print(format_table(table), end="")
-    print(f"written: scores.txt, scores.json and samples.png in {args.run}")
+    print(f"written: {written}")
 
 
 # --- the published datasets -----------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from inference import segment, tokenize, unpad
 from meaning import raw_maps, spherical_kmeans
 from metrics import psnr
 from pat import STAGES, load_config, load_run
-from patches import patches, patches_of
+from patches import PATCH_IMAGES, patches, patches_of
 from pictures import (GREY, Figure, contact_sheet, overlay, paint, plot, resize, spread, to_image,
                       write_names)
 from tally import make_folder
@@ -252,7 +252,14 @@ def curves(lines):
 
 # --- commands -------------------------------------------------------------------------------------------------------
 
-NAMES = ("eq1", "modes", "stages", "clustering", "pyramid", "masks", "patches", "curves")
+NAMES = {"eq1": "Eq. 1: one score matrix, read along its two axes",
+         "modes": "mean shift: points on a circle move to their modes",
+         "stages": "raw features of CLIP, clustered, above the tokens of each stage (the paper's Fig. 1)",
+         "clustering": "mean shift over raw features beside the late tokens (Fig. 6)",
+         "pyramid": "repainted from the latent tokens alone, and with each further stage",
+         "masks": "names on masks, beside the ground truth",
+         "patches": "what a code means: the patches that chose it with the highest cosine",
+         "curves": "the training curves"}
 NEED_TOKENS = ("stages", "clustering", "pyramid", "patches")
 
 
@@ -268,14 +275,12 @@ def read_log(run):
     return lines
 
 
-def draw(name, model, samples, images, device="cpu"):
-    """The picture `name` of a model in eval mode -> PIL image.
+def draw(name, model, samples, device="cpu"):
+    """The picture `name` of a model in eval mode, one of those that show images -> PIL image.
 
-    samples: a dataset, of whose first `images` `patches` looks at each, the others at the first few; or a list of one
-    sample, a dict of image (3,h,w), original (H,W,3) uint8, label (H,W) or None; it then has `names` only for masks.
+    samples: a dataset, whose first few are shown; or a list of one sample, a dict of image (3,h,w), original (H,W,3)
+    uint8, label (H,W) or None; it then has `names` only for masks.
     """
-    if name == "patches":
-        return patches(model, patches_of(model, samples, images, device=device))
     first = [samples[i] for i in range(min(len(samples), 4))]
     shown = [sample["image"].to(device) for sample in first]
     if name == "masks":
@@ -286,15 +291,18 @@ def draw(name, model, samples, images, device="cpu"):
     return {"clustering": clustering, "pyramid": pyramid}[name](model, shown)
 
 
-def run_pictures(run, model, dataset, images, device="cpu"):
-    """{path below RUN/pictures: PIL image} of everything that can be drawn of a run; the folder is made."""
-    names = ("stages", "clustering", "pyramid", "masks", "patches") if model.config.model == "pat" else ("masks",)
-    training, folder = model.training, Path(run) / "pictures"
+def run_pictures(run, model, dataset, found, device="cpu"):
+    """{name: PIL image} of everything that can be drawn of a run.  `found`: patches_of's, {} for SAN.
+
+    An imported run was not trained here: no training curves.
+    """
+    names, training = ("stages", "clustering", "pyramid", "masks") if found else ("masks",), model.training
     model.eval()
-    drawn = {folder / f"{name}.png": draw(name, model, dataset, images, device) for name in names}
+    drawn = {name: draw(name, model, dataset, device) for name in names}
     model.train(training)
-    make_folder(folder)
-    return {**drawn, folder / "curves.png": curves(read_log(run))}
+    if found:
+        drawn["patches"] = patches(model, found)
+    return {**drawn, "curves": curves(read_log(run))} if (Path(run) / "log.jsonl").exists() else drawn
 
 
 class Photo(list):
@@ -340,7 +348,7 @@ def main(argv=None):
     parser.add_argument("--image", metavar="FILE", help="a picture of yours in place of the run's images")
     parser.add_argument("--labels", metavar="NAMES", help='masks: its names, separated by commas: "red star, grass"')
     parser.add_argument("--data", metavar="DIR", help="images from here: a folder of yours, or COCO-Stuff")
-    parser.add_argument("--images", type=int, metavar="N", help="patches: from the first N images (300)")
+    parser.add_argument("--images", type=int, metavar="N", help=f"patches: from the first N images ({PATCH_IMAGES})")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parse_flags(parser, argv)
     check_flags(args)
@@ -358,7 +366,10 @@ def main(argv=None):
             samples, _ = scored_on(replace(config, val_data=args.data or config.val_data))
         else:
             samples = Photo(args.image, config, args.labels and parse_names(args.labels))
-        picture = draw(args.name, model, samples, args.images or 300, args.device)
+        if args.name == "patches":
+            picture = patches(model, patches_of(model, samples, args.images or PATCH_IMAGES, device=args.device))
+        else:
+            picture = draw(args.name, model, samples, args.device)
     if args.out is None:
         make_folder(out.parent)
     write_files({out: picture})

@@ -31,7 +31,7 @@ says which of the two a stage's codes follow.
 # paper: Fig. 1 and 6, tokens are cleaner than clusters of raw features; from colour and edge to part to object.
 # ours: every number of it; the tolerance is .75 % of the diagonal, as in BSDS.
 
-Demo: `python meaning.py RUN`.  Tests: tests/test_meaning.py.  Read next: eval.py.
+Demo: `python meaning.py RUN`.  Tests: tests/test_meaning.py.  Read next: circle.py.
 H, W: the label's size; a, b: a grid without what is padding.
 """
 

@@ -21,6 +21,7 @@ from inference import tokenize
 from pat import STAGES
 from pictures import GREY, Figure, resize, to_image
 
+PATCH_IMAGES = 300                     # are looked at, unless somebody asks for more
 LARGEST = 48                           # pixels of a stored patch; two times 8 patches of 480 codes then take 53 MB
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from images import IGNORE, palette
 from inference import segment
-from pictures import overlay, paint, resize, to_image, token_map
+from pictures import overlay, resize, to_image, token_map
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -243,8 +243,8 @@ def token_section(model, dataset, patches, device, images):
 def report(model, dataset, table, titles, pictures, patches, meaning=None, device="cpu", images=4):
     """The whole page as text.
 
-    table: eval.score_table's, titles: which of its measures, under which names; pictures: title -> (PIL image, alt
-    text); patches: stage -> (patches (K,each,s,s,3) uint8, counts (K)), {} for SAN; meaning: the text of meaning.txt, or
+    table: eval.score_table's, titles: which of its measures, under which names; pictures: what it shows in words
+    -> PIL image; patches: stage -> (patches (K,each,s,s,3) uint8, counts (K)), {} for SAN; meaning: the text of meaning.txt, or
     None if it was not measured; images: how many of the dataset's first to show.
     """
     c, label = model.config, next(iter(table["rows"]))
@@ -255,8 +255,8 @@ def report(model, dataset, table, titles, pictures, patches, meaning=None, devic
             f"<div class=wide><pre>{html.escape(meaning)}</pre></div>" if meaning else
             "<p>Not measured for this run yet: <code>python meaning.py RUN</code>, then eval.py again.</p>"))
         body.append(token_section(model.eval().to(device), dataset, patches, device, images))
-    figures = [f"<figure class=picture>{img(picture, alt)}<figcaption>{html.escape(title)}</figcaption></figure>"
-               for title, (picture, alt) in pictures.items()]
+    figures = [f"<figure class=picture>{img(picture, title)}<figcaption>{html.escape(title)}</figcaption></figure>"
+               for title, picture in pictures.items()]
     if figures:
         body.append("<h2>Pictures</h2>" + "".join(figures))
     return PAGE.format(title=html.escape(label), body="\n".join(body))

@@ -42,14 +42,13 @@ from tqdm import tqdm
 from ablations import STEPS, ablate, ablation_seeds
 from clip import pretrain
 from data import opened, scored_on
-from eval import format_table, score_table, write_scores
-from gallery import run_pictures
+from eval import format_table, score_table, write_run
 from hsattn import g
 from images import InputError, parse_flags, rng_for, run_cli, to_unit, write_files
 from kernels import path
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
 from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state, warm_start
-from pictures import sample_sheet
+from patches import PATCH_IMAGES
 from san import trainable
 from tally import Pass
 from vq import codebook_health, restart_dead_codes
@@ -315,12 +314,9 @@ def score(run, model, config, device):
     label = f"{config.model.upper()} {run}"
     how = Pass(images=config.val_images, workers=config.workers)
     table = score_table({label: (model, test)}, device, how, where)
-    write_scores(run / "scores", table)
-    write_files({run / "samples.png": sample_sheet(model, test, device=device),
-                 **run_pictures(run, model, test, config.val_images, device)})
+    written = write_run(run, model, test, table, min(config.val_images, PATCH_IMAGES), device)
     print(format_table(table), end="")
-    print("written: config.json, names.txt, log.jsonl, checkpoint.safetensors, scores.txt, scores.json, samples.png "
-          f"and pictures in {run}")
+    print(f"written: config.json, names.txt, log.jsonl, checkpoint.safetensors, {written}")
 
 
 def check_recipe(config, processes):

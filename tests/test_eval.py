@@ -32,6 +32,8 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.setattr(E, "load_run", lambda run, device="cpu": (m := FakeModel(Path(run).name == "pat"), m.config))
     monkeypatch.setattr(E, "VLM", FakeVLM)
     monkeypatch.setattr(E, "open_model", lambda name, pretrained: (None, None))
+    monkeypatch.setattr(E, "patches_of", lambda *args, **kwargs: {})
+    monkeypatch.setattr(E, "run_pictures", lambda *args, **kwargs: {"masks": Image.new("RGB", (8, 8))})
     monkeypatch.setattr("data.World", lambda *args, **kwargs: TwoHalves())
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -49,7 +51,10 @@ def test_the_score_command_writes_table_json_and_pictures(runs, capsys):
         assert "n/m" in text and "not measured" in text
     assert table["rows"]["chance"]["segmentation"]["pixel_accuracy"] == 0.5
     assert Image.open(runs / "pat/samples.png").width == 4 + 4 * 196
-    assert sorted(path.name for path in (runs / "pat").iterdir()) == ["samples.png", "scores.json", "scores.txt"]
+    assert sorted(path.name for path in (runs / "pat").iterdir()) == [
+        "pictures", "report.html", "samples.png", "scores.json", "scores.txt"]
+    page = (runs / "pat/report.html").read_text()
+    assert "PAT pat" in page and "names on masks" in page and (runs / "pat/pictures/masks.png").is_file()
 
 
 def test_rfid_is_measured_with_its_weights_or_not_at_all(runs, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """What gallery.py promises: a code looks the same everywhere, and every picture has its command."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 import gallery as G
 from images import InputError, palette
 from pat import STAGES, build
-from patches import patches
+from patches import patches, patches_of
 from test_train import tiny
 from world import World
 
@@ -91,13 +92,14 @@ def test_curves_draw_codebooks_only_where_there_are_any():
 def test_a_run_gets_every_picture_it_can_have(model, tmp_path):
     line = {"step": 0, "lr": 1e-3, "ce_2": 2.0, "mask_2": 0.5, "dice_2": 0.6}
     (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
-    drawn = G.run_pictures(tmp_path, model, World("val", 3), 3)
-    assert {path.relative_to(tmp_path).as_posix() for path in drawn} == {
-        f"pictures/{name}.png" for name in ("stages", "clustering", "pyramid", "masks", "patches", "curves")}
+    drawn = G.run_pictures(tmp_path, model, World("val", 3), patches_of(model, World("val", 3), 3))
+    assert set(drawn) == {"stages", "clustering", "pyramid", "masks", "patches", "curves"} == set(G.NAMES) - {"eq1", "modes"}
     assert all(isinstance(picture, Image.Image) for picture in drawn.values()) and not model.training
     san = build(tiny(model="san")).train()
-    assert {path.stem for path in G.run_pictures(tmp_path, san, World("val", 3), 3)} == {"masks", "curves"}
+    assert set(G.run_pictures(tmp_path, san, World("val", 3), {})) == {"masks", "curves"}
     assert san.training                                       # as it was found
+    (tmp_path / "log.jsonl").unlink()                         # an imported run
+    assert set(G.run_pictures(tmp_path, san, World("val", 3), {})) == {"masks"}
 
 
 def test_a_photo_of_any_size_with_words_of_its_own(model, monkeypatch, tmp_path, capsys):
