@@ -128,13 +128,15 @@ def halvings(first, width, times):
 
 
 class PixelBranch(nn.Module):
-    """The detachable tokenizer: image and three fused maps -> tokens of early, mid, late."""
+    """The detachable tokenizer: image and three fused maps -> tokens of early, mid, late.
 
-    def __init__(self, *, width, codes, code_dim, scales, patch, vmf, residual, unified, kernels):
+    `quantiser(K)` makes the quantiser of a stage of K codes; see vq.py for what one is.
+    """
+
+    def __init__(self, *, width, codes, scales, patch, residual, quantiser):
         super().__init__()
         self.up = nn.ModuleDict({s: Up(width, scale) for s, scale in zip(PYRAMID, scales)})
-        self.vq = nn.ModuleDict({s: vMFVQ(width, 0 if unified else k, code_dim, vmf, kernels=kernels)
-                                 for s, k in zip(PYRAMID, codes)})
+        self.vq = nn.ModuleDict({s: quantiser(k) for s, k in zip(PYRAMID, codes)})
         self.down = None
         if residual:
             steps = dict(zip(PYRAMID, (a / b for a, b in zip((patch, *scales), scales))))
@@ -192,9 +194,13 @@ class PAT(SAN):
                              f"for each of {', '.join(PYRAMID)}")
         *pyramid_codes, latent_codes = c.codes
         sizes = [c.queries] * len(PYRAMID) if c.unified else pyramid_codes
-        self.pixels = PixelBranch(width=c.width, codes=pyramid_codes, code_dim=c.code_dim, scales=c.scales,
-                                  patch=c.patch, vmf=c.vmf, residual=c.residual, unified=c.unified, kernels=c.kernels)
-        self.latent = vMFVQ(c.width, 0 if c.unified else latent_codes, c.code_dim, c.vmf, kernels=c.kernels)
+
+        def quantiser(codes):                                 # of every stage: the place to put another kind in
+            return vMFVQ(c.width, 0 if c.unified else codes, c.code_dim, c.vmf, kernels=c.kernels)
+
+        self.pixels = PixelBranch(width=c.width, codes=pyramid_codes, scales=c.scales, patch=c.patch,
+                                  residual=c.residual, quantiser=quantiser)
+        self.latent = quantiser(latent_codes)
         self.to_code = nn.Linear(c.width, c.code_dim) if c.unified else None
         self.semantic = nn.ModuleList(
             SemanticStage(width=c.width, code_dim=c.code_dim, tokens=n, tokens_before=before, queries=c.queries,
