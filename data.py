@@ -135,6 +135,14 @@ class Folder(Pairs):
         return np.where(label == self.ignore, IGNORE, label)
 
 
+def layout(root):
+    """The class that reads a folder of your own, told by what lies in it; None if no class here does.
+
+    Every such class is called as Folder is.  Training, scoring, `check` and `show` all ask here: the place for a new one.
+    """
+    return Folder if (Path(root) / "classes.txt").exists() else None
+
+
 # ---- a published dataset ----
 class Published(Pairs):
     """One split of a published dataset; `groups` parts its names into those seen in training and the others.
@@ -199,8 +207,8 @@ def describe(dataset, published, images, title):
 
 def check(root, images=None, ignore=255):
     """Print, for every dataset, what of it is under `root`.  Raises InputError at the end if something is unusable."""
-    if (Path(root) / "classes.txt").exists():
-        own = Folder(root, ignore=ignore)
+    if kind := layout(root):
+        own = kind(root, ignore=ignore)
         own.read(0)
         print(f"folder: {describe(own, None, images, 'folder')}\n    names {own.checksum}")
         return
@@ -271,8 +279,8 @@ def main(argv=None):
     if args.command == "check":
         return check(args.root, args.images, args.ignore)
     names = read_classes(Path(args.names)) if args.names else None
-    if (Path(args.root) / "classes.txt").exists() and args.name is None:
-        dataset = Folder(args.root, ignore=args.ignore, names=names)
+    if args.name is None and (kind := layout(args.root)):
+        dataset = kind(args.root, ignore=args.ignore, names=names)
     elif args.name is None:
         raise InputError(f"show {args.root}: say which, {', '.join(COUNTS)}; a folder of your own has a classes.txt")
     else:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from clip import VLM, open_model
-from data import Folder, open_dataset
+from data import Folder, layout, open_dataset
 from images import InputError, checksum, palette, parse_flags, parse_names, read_image, run_cli, write_files
 from inference import segment_photo
 from losses import VGG
@@ -136,7 +136,8 @@ def write_scores(path_stem, table):
 def test_set(config, data=None, ignore=255, images=None, names=None):
     """What a run is scored on: the folder `data`, or the world's test scenes for a run of the world."""
     if data is not None:
-        return Folder(data, ignore=ignore, short_side=config.short_side, long_side=config.long_side, names=names)
+        kind = layout(data) or Folder                         # which says what is missing, or takes `names` instead
+        return kind(data, ignore=ignore, short_side=config.short_side, long_side=config.long_side, names=names)
     if config.preset != "world" or config.data:
         raise InputError("a run that was trained on a folder is scored on one: give --data DIR")
     return World("val", **({} if images is None else {"length": images}))

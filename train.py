@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from ablations import STEPS, ablate, ablation_seeds
 from clip import pretrain
-from data import Folder, open_dataset
+from data import layout, open_dataset
 from eval import format_table, score_table, write_scores
 from hsattn import g
 from images import InputError, parse_flags, rng_for, run_cli, to_unit, write_files
@@ -266,10 +266,10 @@ def load_checkpoint(path, model, optimizer, scaler):
 
 
 def opened(config, root, split):
-    """The dataset in `root`: a folder of your own if it has a classes.txt, else that split of COCO-Stuff."""
+    """The dataset in `root`: a folder of your own if data.py knows its layout, else that split of COCO-Stuff."""
     sizes = dict(crop=config.short_side, short_side=config.short_side, long_side=config.long_side)
-    if (Path(root) / "classes.txt").exists():
-        return Folder(root, ignore=config.ignore, **sizes)
+    if kind := layout(root):
+        return kind(root, ignore=config.ignore, **sizes)
     try:
         return open_dataset("coco-stuff", root, split, **sizes)
     except NotFound as error:
