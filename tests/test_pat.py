@@ -75,6 +75,16 @@ def test_pyramid_codes_send_no_gradient_to_queries_and_side_blocks():
     assert model.fusion[1].proj.weight.grad.abs().sum() > 0 and model.pixels.down[PYRAMID[0]][0].weight.grad.abs().sum() > 0
 
 
+def test_local_tokens_listen_to_the_image_and_the_stage_before_but_not_to_global_ones():
+    """The paper's flow is bottom-up: other queries, the same t to the last bit; another image or stage before, another t."""
+    stage, codes = world().semantic[1], torch.randn(64, 32)
+    q, z, before = torch.randn(2, 20, 96), torch.randn(2, 64, 96), torch.randn(2, 128, 96)
+    t, q_out = stage(codes, q, z, before)
+    assert torch.equal(stage(codes, -q, z, before)[0], t)
+    assert not torch.equal(stage(codes, q, -z, before)[0], t) and not torch.equal(stage(codes, q, z, -before)[0], t)
+    assert not torch.equal(stage(codes, q, z, -before)[1], q_out)             # while q does listen to t
+
+
 def test_codes_learn_from_the_quantiser_and_from_the_semantic_branch():
     for of in ("vq", "masks"):
         model = world()
