@@ -18,9 +18,10 @@ def test_a_feature_takes_the_code_it_points_to_most():
     assert cosine.tolist() == pytest.approx([5 / 26**0.5, 2 / 5**0.5, 1 / 10**0.5])
 
 
-def test_assignment_does_not_change_with_the_length_of_x():
+def test_assignment_does_not_change_with_the_length_of_x_or_of_a_code():
     x, codes = torch.randn(200, 32), torch.randn(16, 32)
-    assert torch.equal(assign(x, codes)[0], assign(x * torch.rand(200, 1).add(0.1), 7 * codes)[0])
+    other = assign(x * torch.rand(200, 1).add(0.1), codes * torch.rand(16, 1).add(0.1))
+    assert torch.equal(assign(x, codes)[0], other[0])
 
 
 def test_it_is_the_mode_of_the_vmf_posterior_at_any_kappa():
