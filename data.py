@@ -136,13 +136,12 @@ class Folder(Pairs):
         return np.where(label == self.ignore, IGNORE, label)
 
 
-def test_set(config, data=None, ignore=255, images=None, names=None):
-    """What a run is scored on: the folder `data`, or (`images` of) the world's test scenes for a run of the world."""
-    if data is not None:
-        return Folder(data, ignore=ignore, short_side=config.short_side, long_side=config.long_side, names=names)
-    if config.preset != "world" or config.data:
-        raise InputError("a run that was trained on a folder is scored on one: give --data DIR")
-    return World("val", **({} if images is None else {"length": images}))
+def layout(root):
+    """The class that reads a folder of your own, told by what lies in it; None if no class here does.
+
+    Every such class is called as Folder is.  Training, scoring, `check` and `show` all ask here: the place for a new one.
+    """
+    return Folder if (Path(root) / "classes.txt").exists() else None
 
 
 # ---- a published dataset ----
@@ -188,14 +187,24 @@ def open_dataset(name, root, split="val", *, crop=640, short_side=640, long_side
 
 
 # ---- the dataset of a run ----
+def test_set(config, data=None, ignore=255, images=None, names=None):
+    """What eval.py scores a run on: the folder `data`, or (`images` of) the world's test scenes for a run of the world."""
+    if data is not None:
+        kind = layout(data) or Folder                         # which says what is missing, or takes `names` instead
+        return kind(data, ignore=ignore, short_side=config.short_side, long_side=config.long_side, names=names)
+    if config.preset != "world" or config.data:
+        raise InputError("a run that was trained on a folder is scored on one: give --data DIR")
+    return World("val", **({} if images is None else {"length": images}))
+
+
 def opened(config, root, split):
-    """The dataset in `root`: a folder of your own if it has a classes.txt, else that split of COCO-Stuff.
+    """The dataset in `root`: a folder of your own if `layout` knows it, else that split of COCO-Stuff.
 
     config: a PATConfig, for its sizes and its ignore value.  Raises InputError if it is neither.
     """
     sizes = dict(crop=config.short_side, short_side=config.short_side, long_side=config.long_side)
-    if (Path(root) / "classes.txt").exists():
-        return Folder(root, ignore=config.ignore, **sizes)
+    if kind := layout(root):
+        return kind(root, ignore=config.ignore, **sizes)
     try:
         return open_dataset("coco-stuff", root, split, **sizes)
     except NotFound as error:
@@ -239,8 +248,8 @@ def describe(dataset, published, images, title):
 
 def check(root, images=None, ignore=255):
     """Print, for every dataset, what of it is under `root`.  Raises InputError at the end if something is unusable."""
-    if (Path(root) / "classes.txt").exists():
-        own = Folder(root, ignore=ignore)
+    if kind := layout(root):
+        own = kind(root, ignore=ignore)
         own.read(0)
         print(f"folder: {describe(own, None, images, 'folder')}\n    names {own.checksum}")
         return
@@ -311,8 +320,8 @@ def main(argv=None):
     if args.command == "check":
         return check(args.root, args.images, args.ignore)
     names = read_classes(Path(args.names)) if args.names else None
-    if (Path(args.root) / "classes.txt").exists() and args.name is None:
-        dataset = Folder(args.root, ignore=args.ignore, names=names)
+    if args.name is None and (kind := layout(args.root)):
+        dataset = kind(args.root, ignore=args.ignore, names=names)
     elif args.name is None:
         raise InputError(f"show {args.root}: say which, {', '.join(COUNTS)}; a folder of your own has a classes.txt")
     else:

@@ -10,7 +10,7 @@
 SPADE lets a map c modulate every pixel:  SPADE(x, c) = norm(x) * (1 + gamma(c)) + beta(c), the norm free of parameters.
 DySample up-samples by looking: each new pixel reads the old map at a learned offset; zero offsets are bilinear x2.
 Keys and values of every self-attention are average-pooled onto the side grid, in training and at any test size, so the
-decoder stays light.  One mask head serves both supervised outputs: after the three stages, and at the end.
+decoder stays light.  One mask head serves both supervised outputs: after the last stage, and at the end.
 
 # paper: Eq. 3, SPADE conditions per stage, DySample, cross-attention of the queries at each stage, two heads.
 # ours: pre-norm transformer blocks with two SPADEs each; spatial-reduction attention ("full" turns it off); pooling for
@@ -136,19 +136,20 @@ class CrossAttn(nn.Module):
 class Decoder(nn.Module):
     """See the header.
 
-    `scales`: how many times finer than the side grid each stage is, early first, such as (4, 2, 1).
-    `stages`: the stages that keep their SPADE block and cross-attention; every Up stays.
+    `scales`: stage -> how many times finer than the side grid it is, finest first: {"early": 4, "mid": 2, "late": 1}.
+    `stages`: those of them that keep their SPADE block and cross-attention (default all); every Up stays.
     `tasks`: ("masks", "pixels"), or one of them (the ablation with two separate decoders).
     """
 
     def __init__(self, *, code_dim, query_width, width, heads, spade_hidden, scales, patch, clip_heads,
-                 stages=("early", "mid", "late"), tasks=("masks", "pixels"), full_attention=False):
+                 stages=None, tasks=("masks", "pixels"), full_attention=False):
         super().__init__()
-        self.scales, self.code_dim = dict(zip(("early", "mid", "late"), scales)), code_dim
-        self.stages, self.full = [s for s in ("late", "mid", "early") if s in stages], full_attention
+        self.scales, self.code_dim, self.full = dict(scales), code_dim, full_attention
+        self.order = list(scales)[::-1]                       # up from the side grid: late, mid, early
+        self.stages = [s for s in self.order if stages is None or s in stages]
         self.lift = nn.ModuleDict({s: nn.Linear(code_dim, width) for s in ["latent", *self.stages]})      # W_post
         self.up, before = nn.ModuleDict(), 1
-        for stage in ("late", "mid", "early"):
+        for stage in self.order:
             self.up[stage], before = Up(width, self.scales[stage] / before), self.scales[stage]
         self.spade = nn.ModuleDict({s: DecoderBlock(width, heads, spade_hidden) for s in self.stages})
         self.plain = nn.ModuleList(DecoderBlock(width, heads) for _ in range(2))
@@ -159,7 +160,7 @@ class Decoder(nn.Module):
             self.cross = nn.ModuleDict({s: CrossAttn(width, heads) for s in self.stages})
             self.head = MaskHead(width, width, width, clip_heads)
         if "pixels" in tasks:
-            factor = 2 ** log2(patch / scales[0], "the pixel head")
+            factor = 2 ** log2(patch / before, "the pixel head")
             self.pixel_head = nn.ConvTranspose2d(width, 3, factor, factor)
 
     def forward(self, zq, q=None):
@@ -169,7 +170,7 @@ class Decoder(nn.Module):
         g, out = y.shape[1:3], {}
         if self.head:
             q, out = self.query(q), dict(masks=[], bias=[])
-        for stage in ("late", "mid", "early"):
+        for stage in self.order:
             y = on_map(self.up[stage], y)                                                 # (B,h,w,c) of this stage
             if stage in self.spade:
                 c = zq.get(stage, y.new_zeros(1, self.code_dim, *y.shape[1:3])).permute(0, 2, 3, 1)       # (B,h,w,D)

@@ -200,7 +200,7 @@ def count_tokens(seen, model):
     for stage, tokens in seen["tokens"].items():
         index, x = (unpad(t[0], seen["crop"], seen["padded"]) for t in (tokens.index, tokens.x))  # (a,b), (D,a,b)
         counts = torch.bincount(index.flatten(), minlength=len(model.codebook(stage)))
-        health = codebook_health(counts, model.codebook(stage), x.flatten(1).T, model.config.vmf)
+        health = codebook_health(counts, model.codebook(stage), x.flatten(1).T, model.quantisers()[stage].choose)
         result[stage] = torch.tensor([*counts.tolist(), round(health["bf16"] * index.numel())])
     return result
 

@@ -45,7 +45,7 @@ from kernels import CHOICES
 from san import MLP, SAN, SANConfig, from_published, read_published, trainable
 from vq import vMFVQ
 
-PYRAMID = ("early", "mid", "late")
+PYRAMID = ("early", "mid", "late")         # the finest first; the one place where stages are counted and named
 STAGES = PYRAMID + ("latent",)
 
 
@@ -128,24 +128,27 @@ def halvings(first, width, times):
 
 
 class PixelBranch(nn.Module):
-    """The detachable tokenizer: image and three fused maps -> tokens of early, mid, late."""
+    """The detachable tokenizer: image and three fused maps -> tokens of early, mid, late.
 
-    def __init__(self, *, width, codes, code_dim, scales, patch, vmf, residual, unified, kernels):
+    `quantiser(K)` makes the quantiser of a stage of K codes; see vq.py for what one is.
+    """
+
+    def __init__(self, *, width, codes, scales, patch, residual, quantiser):
         super().__init__()
         self.up = nn.ModuleDict({s: Up(width, scale) for s, scale in zip(PYRAMID, scales)})
-        self.vq = nn.ModuleDict({s: vMFVQ(width, 0 if unified else k, code_dim, vmf, kernels=kernels)
-                                 for s, k in zip(PYRAMID, codes)})
+        self.vq = nn.ModuleDict({s: quantiser(k) for s, k in zip(PYRAMID, codes)})
         self.down = None
         if residual:
             steps = dict(zip(PYRAMID, (a / b for a, b in zip((patch, *scales), scales))))
-            self.down = nn.ModuleDict({"early": halvings(3, width, log2(steps["early"], "the stem"))})
-            for stage in PYRAMID[1:]:
+            first, *others = PYRAMID
+            self.down = nn.ModuleDict({first: halvings(3, width, log2(steps[first], "the stem"))})
+            for stage in others:
                 if steps[stage] not in (1, 2):
                     raise InputError(f"--scales {' '.join(map(str, scales))}: each is the one before it, or half of it")
                 self.down[stage] = nn.Conv2d(width, width, 3, int(steps[stage]), 1)
 
     def forward(self, image, f, codes):
-        """image (B,3,H,W), f three maps (B,S,g,g), codes: stage -> (K,D) or None -> stage -> Tokens"""
+        """image (B,3,H,W), f a map (B,S,g,g) a stage, codes: stage -> (K,D) or None -> stage -> Tokens"""
         found, x = {}, image
         for stage, map_ in zip(PYRAMID, f):
             u = self.up[stage](map_)                                                      # (B,S,g*s,g*s)
@@ -186,10 +189,18 @@ class PAT(SAN):
 
     def build(self):
         c = self.config
-        sizes = [c.queries] * 3 if c.unified else list(c.codes[:3])
-        self.pixels = PixelBranch(width=c.width, codes=c.codes[:3], code_dim=c.code_dim, scales=c.scales, patch=c.patch,
-                                  vmf=c.vmf, residual=c.residual, unified=c.unified, kernels=c.kernels)
-        self.latent = vMFVQ(c.width, 0 if c.unified else c.codes[3], c.code_dim, c.vmf, kernels=c.kernels)
+        if len(self.vlm.depths) != len(STAGES):
+            raise InputError(f"--depths: CLIP gives {len(self.vlm.depths)} maps; give {len(STAGES)} numbers, 0 and one "
+                             f"for each of {', '.join(PYRAMID)}")
+        *pyramid_codes, latent_codes = c.codes
+        sizes = [c.queries] * len(PYRAMID) if c.unified else pyramid_codes
+
+        def quantiser(codes):                                 # of every stage: the place to put another kind in
+            return vMFVQ(c.width, 0 if c.unified else codes, c.code_dim, c.vmf, kernels=c.kernels)
+
+        self.pixels = PixelBranch(width=c.width, codes=pyramid_codes, scales=c.scales, patch=c.patch,
+                                  residual=c.residual, quantiser=quantiser)
+        self.latent = quantiser(latent_codes)
         self.to_code = nn.Linear(c.width, c.code_dim) if c.unified else None
         self.semantic = nn.ModuleList(
             SemanticStage(width=c.width, code_dim=c.code_dim, tokens=n, tokens_before=before, queries=c.queries,
@@ -199,8 +210,9 @@ class PAT(SAN):
 
         def decoder(*tasks):
             return Decoder(code_dim=c.code_dim, query_width=c.width, width=c.decoder_width, heads=c.decoder_heads,
-                           spade_hidden=c.spade_hidden, scales=c.scales, patch=c.patch, clip_heads=self.vlm.heads,
-                           stages=c.decoder_stages, tasks=tasks, full_attention=c.decoder_attention == "full")
+                           spade_hidden=c.spade_hidden, scales=dict(zip(PYRAMID, c.scales)), patch=c.patch,
+                           clip_heads=self.vlm.heads, stages=c.decoder_stages, tasks=tasks,
+                           full_attention=c.decoder_attention == "full")
 
         self.decoder = decoder("masks") if c.separate_decoders else decoder("masks", "pixels")
         self.pixel_decoder = decoder("pixels") if c.separate_decoders else None
@@ -254,13 +266,16 @@ def check(c):
     for stage in c.decoder_stages:
         if stage not in PYRAMID:
             raise InputError(f"--decoder-stages {stage}: there are {', '.join(PYRAMID)}")
-    for name, lengths in dict(scales=(3,), codes=(4,), depths=(0, 4)).items():
+    for name, lengths in dict(scales=[len(PYRAMID)], codes=[len(STAGES)], depths=[0, len(STAGES)]).items():
         if len(getattr(c, name)) not in lengths or any(n < (name != "depths") for n in getattr(c, name)):
             raise InputError(f"--{name} {' '.join(map(str, getattr(c, name)))}: takes {lengths[-1]} positive numbers")
     for heads, width in (("heads", "width"), ("hs_heads", "width"), ("decoder_heads", "decoder_width")):
         if getattr(c, heads) < 1 or getattr(c, width) % getattr(c, heads):
             flag = heads.replace("_", "-")
             raise InputError(f"--{flag} {getattr(c, heads)} does not divide the width {getattr(c, width)}")
+    if c.model == "pat" and c.depth < len(PYRAMID):
+        raise InputError(f"--depth {c.depth}: each of {', '.join(PYRAMID)} follows a side block; give at least "
+                         f"{len(PYRAMID)}")
     changed = [name for name in SWITCHES if getattr(c, name) != getattr(PATConfig, name)]
     if c.model == "san" and changed:
         raise InputError(f"--model san has no {changed[0].replace('_', ' ')} to switch: that flag is PAT's")

@@ -303,7 +303,7 @@ def codebook_lines(model, seen, tokens, restarted):
     lines = {}
     for stage, counts in seen.items():
         x = tokens[0][1][stage][1].movedim(1, -1).flatten(0, 2)                           # (b*h*w,D) features
-        lines[stage] = codebook_health(summed(counts), model.codebook(stage), x, model.config.vmf)
+        lines[stage] = codebook_health(summed(counts), model.codebook(stage), x, model.quantisers()[stage].choose)
         lines[stage]["restarted"] = restarted.get(stage, 0)
     return lines
 

@@ -15,6 +15,12 @@ The posterior of a feature x is softmax_k(kappa e_kᵀx) and its mode does not d
 
 A healthy codebook is three numbers, never perplexity alone: codes that all sit on one point can be used evenly.
 
+A quantiser, to the rest of the model, is a module with five things; vMFVQ is the one here:
+    forward(u, given=None)   features of a stage -> Tokens; `given` is somebody else's codebook, or None
+    codes(given=None)        the codes as they are used, (K,D): what the semantic branch starts its local tokens from
+    choose(x, codes)         the index of each feature x (n,D), as Tokens.x holds them; for codebook_health's bf16
+    codebook, vmf            the parameter whose dead codes restart, on the sphere only; None: nothing to restart
+
 Demo: `python vq.py` quantises the colours of a world scene.  Tests: tests/test_vq.py.  Read next: clip.py.
 """
 
@@ -121,6 +127,10 @@ class vMFVQ(nn.Module):
         codes = self.codebook if given is None else given
         return g(codes) if self.vmf else codes
 
+    def choose(self, x, codes):
+        """The index of each feature, x (n,D), codes (K,D) -> (n) int64: by cosine or, with `vmf=False`, by dot product."""
+        return (assign if self.vmf else assign_dot)(x, codes)[0]
+
     def quantise(self, x, codes):
         """x (n,D), codes (K,D) -> zq, index, loss, counts, by the one of three functions this module is set to."""
         if not self.vmf:
@@ -140,13 +150,13 @@ class vMFVQ(nn.Module):
         return Tokens(zq, index.view(x.shape[0], *x.shape[2:]), x, loss, counts)
 
 
-def codebook_health(counts, codes, x=None, vmf=True):
+def codebook_health(counts, codes, x=None, choose=None):
     """The numbers that tell a living codebook from a dead one.
 
     counts (K) uses of each code, codes (K,D), x (n,D) some features ->
     dict: `perplexity` exp(entropy of use), 1..K; `used` codes chosen at least once; `cosine` mean cosine between
     different used codes (1 = all on one point); `bf16` share of indices that survive rounding x to bf16 and back
-    (only when x is given; `vmf` says by which rule they are assigned).
+    (only when x is given; `choose(x, codes)`, a quantiser's, assigns them, by default by cosine).
     """
     p = counts.double() / counts.sum().clamp(min=1)
     used = g(codes.detach().double())[counts > 0]
@@ -154,8 +164,8 @@ def codebook_health(counts, codes, x=None, vmf=True):
     health = dict(perplexity=torch.exp(-(p * p.clamp(min=1e-300).log()).sum()).item(), used=n,
                   cosine=((used.sum(0).square().sum() - n) / (n * (n - 1))).item() if n > 1 else float("nan"))
     if x is not None:
-        choose = assign if vmf else assign_dot
-        stable = choose(x, codes)[0] == choose(x.bfloat16().to(x.dtype), codes)[0]
+        choose = choose or (lambda *both: assign(*both)[0])
+        stable = choose(x, codes) == choose(x.bfloat16().to(x.dtype), codes)
         health["bf16"] = stable.float().mean().item()
     return health
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import Folder, label_sheet, open_dataset, scored_on
+from data import Folder, label_sheet, layout, open_dataset, scored_on
 from images import IGNORE, InputError, checksum, palette
 from test_images import noise
 from test_published import NAMES, STEMS, WANTED, merged, packed
@@ -20,19 +20,81 @@ from vocabulary import load_vocabulary
 from world import World
 
 
+def filled(path):
+    """A folder of three pictures 6 wide and 8 high; classes sky, tree, road; 255 is unlabelled."""
+    for sub in ("images", "labels"):
+        (path / sub).mkdir()
+    for k, stem in enumerate(("b", "a", "c.1")):
+        Image.fromarray(noise(seed=k)).save(path / "images" / f"{stem}.png")
+        label = np.random.default_rng(k).integers(0, 3, (8, 6), dtype=np.uint8)
+        label[0, 0] = 255
+        Image.fromarray(label).save(path / "labels" / f"{stem}.png")
+    (path / "classes.txt").write_text("sky\ntree\nroad\n")
+    return path
+
+
+# ---- what every dataset promises: a new class gets a line in this table ----
+SIZES = dict(crop=8, short_side=12)
+DATASETS = {"a folder": lambda path: layout(filled(path))(path, **SIZES),
+            "voc20": lambda path: open_dataset("voc20", packed(path, "voc20"), **SIZES),
+            "the world's training scenes": lambda path: World("train", length=3),
+            "the world's test scenes": lambda path: World("val", length=3)}
+
+
+@pytest.fixture(params=DATASETS)
+def dataset(request, tmp_path):
+    return DATASETS[request.param](tmp_path)
+
+
+def test_a_dataset_says_what_it_is(dataset):
+    """Names once each, groups of their ids, the size of a crop; checksum, route and key are text: score files hold them."""
+    for names in (dataset.names, dataset.train_names):
+        assert len(set(names)) == len(names) > 0 and all(type(name) is str for name in names)
+    assert all(0 <= i < len(dataset.names) for ids in dataset.groups.values() for i in ids)
+    assert dataset.crop > 0 and all(type(text) is str and text for text in (dataset.checksum, dataset.route, dataset.key))
+
+
+def test_a_training_sample_is_a_function_of_seed_and_number(dataset):
+    """Drawn again, in another order, by a copy as worker processes hold it: the same bits; another number, others."""
+    first = [dataset.draw(5, n) for n in range(7)]            # more than an epoch of any of these
+    copy = pickle.loads(pickle.dumps(dataset))
+    again = [copy.draw(5, n) for n in reversed(range(7))][::-1]
+    assert all(torch.equal(a, b) for one, two in zip(first, again) for a, b in zip(one, two))
+    assert any(not torch.equal(first[0][0], image) for image, _ in first[1:])
+    assert any(not torch.equal(first[n][0], dataset.draw(6, n)[0]) for n in range(7))
+
+
+def test_a_training_sample_is_a_square_crop_with_ids_of_the_training_names(dataset):
+    S = dataset.crop
+    for n in range(7):
+        image, label = dataset.draw(5, n)
+        assert image.shape == (3, S, S) and image.dtype == torch.float32 and -3 < image.min() <= image.max() < 3
+        assert label.shape == (S, S) and label.dtype == torch.int64
+        assert set(label.unique().tolist()) <= {IGNORE, *range(len(dataset.train_names))}
+
+
+def test_a_test_sample_keeps_the_labels_size_and_iterating_ends(dataset):
+    """The image at test resolution, the label and the original at theirs, ids of the names, something labelled."""
+    samples = list(dataset)
+    assert len(samples) == len(dataset) and len({s["name"] for s in samples}) == len(samples)
+    for s in samples:
+        assert s["image"].ndim == 3 and len(s["image"]) == 3 and s["image"].dtype == torch.float32
+        assert s["label"].dtype == torch.int64 and s["original"].shape == (*s["label"].shape, 3)
+        assert s["original"].dtype == np.uint8 and (s["label"] != IGNORE).any()
+        assert set(s["label"].unique().tolist()) <= {IGNORE, *range(len(dataset.names))}
+
+
 # ---- folders ----
 @pytest.fixture
 def root(tmp_path):
-    """A folder of three pictures 6 wide and 8 high; classes sky, tree, road; 255 is unlabelled."""
-    for sub in ("images", "labels"):
-        (tmp_path / sub).mkdir()
-    for k, stem in enumerate(("b", "a", "c.1")):
-        Image.fromarray(noise(seed=k)).save(tmp_path / "images" / f"{stem}.png")
-        label = np.random.default_rng(k).integers(0, 3, (8, 6), dtype=np.uint8)
-        label[0, 0] = 255
-        Image.fromarray(label).save(tmp_path / "labels" / f"{stem}.png")
-    (tmp_path / "classes.txt").write_text("sky\ntree\nroad\n")
-    return tmp_path
+    return filled(tmp_path)
+
+
+def test_a_folder_without_a_known_layout_has_no_class(root):
+    """What tells a layout is a file in it; training then looks for COCO-Stuff there."""
+    assert layout(root) is Folder
+    (root / "classes.txt").unlink()
+    assert layout(root) is None and layout(root / "gone") is None
 
 
 def test_a_folder_reads_its_pairs_in_order_of_their_names(root):

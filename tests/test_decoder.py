@@ -9,8 +9,8 @@ from decoder import SPADE, Decoder, DecoderBlock, DySample, PooledSelfAttn, Up, 
 
 
 def small(**changes):
-    return Decoder(**{**dict(code_dim=8, query_width=12, width=16, heads=2, spade_hidden=8, scales=(4, 2, 1), patch=8,
-                             clip_heads=3), **changes})
+    return Decoder(**{**dict(code_dim=8, query_width=12, width=16, heads=2, spade_hidden=8, patch=8, clip_heads=3,
+                             scales=dict(early=4, mid=2, late=1)), **changes})
 
 
 def codes():
@@ -91,7 +91,8 @@ def test_shapes_follow_ratios():
 @pytest.mark.parametrize("scales, early", [((4, 4, 4), 16), ((1, 1, 1), 4)])
 def test_the_decoder_ends_on_the_early_grid(scales, early):
     zq = {s: torch.randn(1, 8, 4 * k, 4 * k) for s, k in zip(("early", "mid", "late"), scales)}
-    out = small(scales=scales)({**zq, "latent": torch.randn(1, 8, 4, 4)}, torch.randn(1, 5, 12))
+    decoder = small(scales=dict(zip(("early", "mid", "late"), scales)))
+    out = decoder({**zq, "latent": torch.randn(1, 8, 4, 4)}, torch.randn(1, 5, 12))
     assert out["image"].shape[-1] == 32 and out["masks"][0].shape[-1] == early
 
 
@@ -107,6 +108,16 @@ def test_a_removed_stage_keeps_its_up():
     decoder = small(stages=("late",))
     assert list(decoder.spade) == list(decoder.cross) == ["late"] and [len(decoder.up[s]) for s in decoder.up] == [0, 1, 1]
     assert decoder(codes(), torch.randn(2, 5, 12))["image"].shape == (2, 3, 32, 32)
+
+
+def test_the_names_and_the_number_of_stages_are_the_scales():
+    """Two stages of other names: the coarsest first on the way up, and `stages` picks among them by name."""
+    decoder = small(scales=dict(fine=2, coarse=1), stages=("fine",))
+    assert decoder.order == ["coarse", "fine"] and [len(decoder.up[s]) for s in decoder.order] == [0, 1]
+    assert list(decoder.spade) == ["fine"] and list(small(scales=dict(fine=2, coarse=1)).spade) == ["coarse", "fine"]
+    zq = dict(fine=torch.randn(2, 8, 8, 8), coarse=torch.randn(2, 8, 4, 4), latent=torch.randn(2, 8, 4, 4))
+    out = decoder(zq, torch.randn(2, 5, 12))
+    assert out["image"].shape == (2, 3, 32, 32) and out["masks"][0].shape == (2, 5, 8, 8)
 
 
 def test_scales_that_are_no_powers_of_two_are_refused():

@@ -72,7 +72,17 @@ def test_pyramid_codes_send_no_gradient_to_queries_and_side_blocks():
     for name, p in model.named_parameters():
         if name.startswith(("side.", "semantic.")):
             assert p.grad is None or not p.grad.any(), name
-    assert model.fusion[1].proj.weight.grad.abs().sum() > 0 and model.pixels.down["early"][0].weight.grad.abs().sum() > 0
+    assert model.fusion[1].proj.weight.grad.abs().sum() > 0 and model.pixels.down[PYRAMID[0]][0].weight.grad.abs().sum() > 0
+
+
+def test_local_tokens_listen_to_the_image_and_the_stage_before_but_not_to_global_ones():
+    """The paper's flow is bottom-up: other queries, the same t to the last bit; another image or stage before, another t."""
+    stage, codes = world().semantic[1], torch.randn(64, 32)
+    q, z, before = torch.randn(2, 20, 96), torch.randn(2, 64, 96), torch.randn(2, 128, 96)
+    t, q_out = stage(codes, q, z, before)
+    assert torch.equal(stage(codes, -q, z, before)[0], t)
+    assert not torch.equal(stage(codes, q, -z, before)[0], t) and not torch.equal(stage(codes, q, z, -before)[0], t)
+    assert not torch.equal(stage(codes, q, z, -before)[1], q_out)             # while q does listen to t
 
 
 def test_codes_learn_from_the_quantiser_and_from_the_semantic_branch():
@@ -151,6 +161,7 @@ def test_any_multiple_of_the_patch_works_and_batch_does_not_matter():
     (dict(scales=(4, 3, 1)), "--scales 4 3 1|factor of 3"), (dict(scales=(1, 2, 4)), "--scales"),
     (dict(scales=(4, 2)), "--scales 4 2: takes 3"), (dict(scales=(16, 8, 4)), "the stem is a factor"),
     (dict(scales=(16, 16, 16), residual=False), "the pixel head"), (dict(codes=(8, 8, 8)), "--codes 8 8 8: takes 4"),
+    (dict(depths=(0, 2, 4)), "--depths 0 2 4: takes 4"), (dict(depth=2), "--depth 2: each of early, mid, late"),
     (dict(decoder_stages=("top",)), "top"), (dict(model="pot"), "pot"), (dict(heads=5), "--heads 5 does not divide"),
     (dict(hs_heads=7), "--hs-heads 7"), (dict(decoder_attention="ful"), "--decoder-attention ful"),
     (dict(model="san", mixer=False), "--model san has no mixer")], ids=str)

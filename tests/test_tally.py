@@ -10,8 +10,9 @@ from torch import nn
 
 import tally
 from images import InputError, checksum, to_tensor, to_unit
+from pat import STAGES
 from tally import Pass, evaluate
-from vq import Tokens
+from vq import Tokens, vMFVQ
 
 QUIET = Pass(progress=False)
 
@@ -58,6 +59,9 @@ class FakeModel(nn.Module):
     def codebook(self, stage):
         return F.normalize(torch.randn(64, 4, generator=torch.Generator().manual_seed(3)), dim=-1)
 
+    def quantisers(self):
+        return dict.fromkeys(STAGES, vMFVQ(1, 0, 4))          # for their rule alone: the codes are `codebook`'s
+
     def forward(self, image, text):
         assert image.shape[-2] % 8 == image.shape[-1] % 8 == 0 and not self.training
         bright = 20 * (F.avg_pool2d(to_unit(image).mean(1, keepdim=True), 8) - 0.5)       # (B,1,h,w)
@@ -68,7 +72,7 @@ class FakeModel(nn.Module):
             index = torch.arange(h * w).view(1, h, w) % 64
             code = self.codebook("early")[index].permute(0, 3, 1, 2)
             out["image"] = to_unit(image)
-            out["tokens"] = {stage: Tokens(code, index, code, None, None) for stage in ("early", "mid", "late", "latent")}
+            out["tokens"] = {stage: Tokens(code, index, code, None, None) for stage in STAGES}
         return out
 
 

@@ -18,9 +18,10 @@ def test_a_feature_takes_the_code_it_points_to_most():
     assert cosine.tolist() == pytest.approx([5 / 26**0.5, 2 / 5**0.5, 1 / 10**0.5])
 
 
-def test_assignment_does_not_change_with_the_length_of_x():
+def test_assignment_does_not_change_with_the_length_of_x_or_of_a_code():
     x, codes = torch.randn(200, 32), torch.randn(16, 32)
-    assert torch.equal(assign(x, codes)[0], assign(x * torch.rand(200, 1).add(0.1), 7 * codes)[0])
+    other = assign(x * torch.rand(200, 1).add(0.1), codes * torch.rand(16, 1).add(0.1))
+    assert torch.equal(assign(x, codes)[0], other[0])
 
 
 def test_it_is_the_mode_of_the_vmf_posterior_at_any_kappa():
@@ -73,13 +74,29 @@ def test_the_codebook_gradient_is_the_same_bits_every_time():
     assert all(torch.equal(grads[0], other) for other in grads)
 
 
-def test_what_comes_back_fits_together():
-    vq = vMFVQ(6, 5)
-    tokens = vq(torch.randn(2, 6, 3, 4))
-    assert tokens.zq.shape == (2, 32, 3, 4) and tokens.index.dtype == torch.int64
-    torch.testing.assert_close(tokens.zq, vq.codes()[tokens.index].permute(0, 3, 1, 2))
-    assert torch.equal(tokens.counts, torch.tensor([(tokens.index == k).sum() for k in range(5)]))
-    assert tokens.x.shape == tokens.zq.shape
+QUANTISERS = {"vMFVQ": lambda: vMFVQ(6, 16, 4), "off the sphere": lambda: vMFVQ(6, 16, 4, vmf=False)}    # 16 codes of 4
+
+
+@pytest.mark.parametrize("kind", QUANTISERS)
+def test_what_a_quantiser_returns_fits_together(kind):
+    """Whatever the rule: zq is the code of the index, counts count it, x has the same index again, zq moves W_pre."""
+    vq = QUANTISERS[kind]()
+    tokens, codes = vq(torch.randn(2, 6, 3, 5)), vq.codes()
+    assert tokens.zq.shape == tokens.x.shape == (2, 4, 3, 5) and codes.shape == (16, 4)
+    assert tokens.index.shape == (2, 3, 5) and tokens.index.dtype == torch.int64 and tokens.index.unique().numel() > 4
+    torch.testing.assert_close(tokens.zq, codes[tokens.index].permute(0, 3, 1, 2))
+    assert torch.equal(tokens.counts, torch.tensor([(tokens.index == k).sum() for k in range(16)]))
+    assert torch.equal(vq.choose(tokens.x.permute(0, 2, 3, 1).flatten(0, 2), codes), tokens.index.flatten())
+    assert tokens.loss.shape == () and tokens.loss.isfinite()
+    (tokens.zq * torch.randn_like(tokens.zq)).sum().backward()
+    assert vq.pre.weight.grad.abs().sum() > 0
+
+
+def test_bf16_is_asked_by_the_quantisers_own_rule():
+    """By dot product the long code takes everything; by cosine half the features lie on a border that bf16 moves."""
+    codes, x = torch.tensor([[1.0, 0.0], [0.0, 9.0]]), torch.tensor([[1.0, 1.0], [1.001, 1.002]])
+    counts, off = torch.tensor([0, 2]), vMFVQ(2, 2, 2, vmf=False)
+    assert [codebook_health(counts, codes, x, *rule)["bf16"] for rule in ((), (off.choose,))] == [0.5, 1.0]
 
 
 def test_without_vmf_length_matters():
