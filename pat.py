@@ -25,7 +25,6 @@ makes a run directory of a published SAN checkpoint.  Tests: tests/test_pat.py. 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -34,10 +33,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from checkpoint import fingerprint, load_weights, trained_state
 from decoder import Decoder, Up, log2
 from hsattn import Attn, HSAttn
 from images import InputError, run_cli
@@ -272,87 +271,7 @@ def build(config):
     return (PAT if config.model == "pat" else SAN)(config)
 
 
-# --- checkpoints: one safetensors file beside one JSON ---------------------------------------------------------------
-
-
-def trained_state(model):
-    """What training changes: trained parameters and our buffers, not the frozen VLM.  name -> tensor"""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {**trained, **{name: b for name, b in model.named_buffers() if not name.startswith("vlm.")}}
-
-
-def fingerprint(model):
-    """A checksum of the frozen VLM, so that a checkpoint is not joined to other CLIP weights."""
-    digest = hashlib.sha256()
-    for _, p in sorted(model.vlm.named_parameters()):
-        if not p.requires_grad:
-            digest.update(p.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def read_checkpoint(path):
-    """(name -> tensor of the trained part, metadata) of a checkpoint.  Raises InputError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            state = {key[6:]: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}
-            return state, file.metadata() or {}
-    except Exception as error:
-        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); it may be truncated: "
-                         "copy it again or train again") from error
-
-
-def load_weights(model, path):
-    """Load the trained part of a checkpoint.  Raises InputError unless names, shapes and the VLM agree."""
-    state, metadata = read_checkpoint(path)
-    own = trained_state(model)
-    wrong = sorted(key for key in own.keys() | state.keys()
-                   if key not in own or key not in state or own[key].shape != state[key].shape)
-    if wrong:
-        raise InputError(f"{path}: {len(wrong)} entries do not fit this model, the first is {wrong[0]}; "
-                         "it belongs to another preset or other switches")
-    if metadata.get("vlm") != fingerprint(model):
-        raise InputError(f"{path}: was trained over other CLIP weights than {model.config.pretrained!r}")
-    with torch.no_grad():
-        for key, value in state.items():
-            own[key].copy_(value)
-
-
-def layers(names, everything):
-    """`names` in short: a layer of which every entry of `everything` is among them stands for all of these."""
-    found = set()
-    for name in names:
-        parts = name.split(".")
-        for prefix in (".".join(parts[:k]) for k in range(1, len(parts) + 1)):
-            if all(other in names for other in everything if other == prefix or other.startswith(prefix + ".")):
-                found.add(prefix)
-                break
-    return sorted(found)
-
-
-def warm_start(model, run):
-    """Start from another run: copy every trained entry of its checkpoint that has a place of its shape in `model`.
-
-    CLIP's position embedding belongs to its CLIP, so it comes along only if the frozen weights are the same.  -> a line
-    that says what was taken, and which layers were not.  Raises InputError if there is no such run, or nothing fits.
-    """
-    if Path(run).is_file():
-        raise InputError(f"--init {run}: takes a run directory; a published SAN checkpoint becomes one with "
-                         f"python pat.py import {run} --out runs/san-published")
-    load_config(run)
-    state, metadata = read_checkpoint(Path(run) / "checkpoint.safetensors")
-    own, same = trained_state(model), metadata.get("vlm") == fingerprint(model)
-    fits = {name for name in own.keys() & state.keys()
-            if own[name].shape == state[name].shape and (same or not name.startswith("vlm."))}
-    if not fits:
-        raise InputError(f"--init {run}: nothing in its checkpoint fits this model; is it of another preset?")
-    with torch.no_grad():
-        for name in fits:
-            own[name].copy_(state[name])
-    said = {"without a place here": layers(state.keys() - own.keys(), state),
-            "not in it": layers(own.keys() - state.keys(), own),
-            "of another shape or another CLIP": layers(own.keys() & state.keys() - fits, own)}
-    return (f"started from {run}: {len(fits)} of its {len(state)} entries taken" +
-            "".join(f"; {what}: {', '.join(names)}" for what, names in said.items() if names))
+# --- run directories: config.json beside checkpoint.safetensors -----------------------------------------------------
 
 
 def load_config(run, config_class=PATConfig):
