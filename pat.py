@@ -21,7 +21,8 @@ image ──┬─> frozen CLIP ──> F0, F3, F6, F9 ──fusion──> f0, f
 #       MLP along the token axis; "unified" gives all four stages one codebook through one linear.
 
 Demo: `python pat.py` counts the parameters of the reference size; `python pat.py import san_vit_b_16.pth --out RUN`
-makes a run directory of a published SAN checkpoint.  Tests: tests/test_pat.py.  Read next: losses.py.
+makes a run directory of a published SAN checkpoint; `encode`, `decode` and `tokenizer` are told in tokenizer.py.
+Tests: tests/test_pat.py.  Read next: tokenizer.py.
 """
 
 import argparse
@@ -180,6 +181,20 @@ class SemanticStage(nn.Module):
         return t, self.norm_q(q + self.attn(q + self.mix(t), z, z))
 
 
+def semantic_branch(side, semantic, codebook, image, f):
+    """The side ViT with a SemanticStage between its blocks: `codebook(stage)` (K,D), image (B,3,H,W), f four (B,S,h,w)
+    -> q (B,Q,S), z (B,S,h,w) after the last block."""
+    t = None
+
+    def update(i, q, z):                                      # what happens between two side blocks
+        nonlocal t
+        t, q = semantic[i - 1](codebook(PYRAMID[i - 1]), q, z, t)
+        return q
+
+    q, z = side(image, f, update)[-1]
+    return q, z.transpose(1, 2).unflatten(2, f[0].shape[-2:])
+
+
 class PAT(SAN):
     """The whole model.  `model(image, text)` -> SAN's dict plus image (B,3,H,W) in [0,1] units and tokens per stage."""
 
@@ -217,20 +232,19 @@ class PAT(SAN):
         """The codes of a stage as they are used, (K,D)."""
         return self.quantisers()[stage].codes(self.unified_codes())
 
+    def tokenizer(self, latent=False):
+        """A frozen copy of the tokenizer alone: tokenizer.Tokenizer.  `latent`: with the fourth stage, and `decode`."""
+        from tokenizer import Tokenizer                       # here, because that file stands on this one
+
+        return Tokenizer.of(self, latent)
+
     def forward(self, image, text):
         """image (B,3,H,W) CLIP-normalised, text (L,E) unit -> dict(masks, classes, image, tokens); see SAN.forward."""
         pyramid, f = self.fuse(image)
         given = dict.fromkeys(STAGES, self.unified_codes())
         tokens = self.pixels(image, f[1:], given)
-        t = None
-
-        def update(i, q, z):                                  # what happens between two side blocks
-            nonlocal t
-            t, q = self.semantic[i - 1](self.codebook(PYRAMID[i - 1]), q, z, t)
-            return q
-
-        q, z = self.side(image, f, update)[-1]
-        tokens["latent"] = self.latent(z.transpose(1, 2).unflatten(2, f[0].shape[-2:]), given["latent"])
+        q, z = semantic_branch(self.side, self.semantic, self.codebook, image, f)
+        tokens["latent"] = self.latent(z, given["latent"])
         zq = {stage: found.zq for stage, found in tokens.items()}
         out = self.decoder(zq, q)
         if self.pixel_decoder is not None:
@@ -274,6 +288,12 @@ def build(config):
 # --- run directories: config.json beside checkpoint.safetensors -----------------------------------------------------
 
 
+def config_from(stored, config_class=PATConfig):
+    """The config that `asdict` and JSON made a dict of; entries it does not know are left out."""
+    known = {field.name for field in fields(config_class)}
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
+
+
 def load_config(run, config_class=PATConfig):
     """The config of a run directory; CLIP weights beside it are found wherever the directory lies.
 
@@ -281,8 +301,7 @@ def load_config(run, config_class=PATConfig):
     """
     try:
         stored = json.loads((Path(run) / "config.json").read_text())
-        known = {field.name for field in fields(config_class)}
-        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
+        config = config_from(stored, config_class)
         beside = Path(run) / config.pretrained
         return replace(config, pretrained=str(beside)) if beside.is_file() else config
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -346,14 +365,32 @@ def import_published(path, out, config=None):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+RUN = "runs/world-pat-0"                # where the default run leaves PAT
+
+
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
 
 def main(argv=None):
-    parser = OneLineParser(description="PAT's parameters; or a run directory from a published SAN checkpoint")
+    parser = OneLineParser(description="PAT's parameters; the tokenizer on its own; a run from a published checkpoint")
     commands = parser.add_subparsers(dest="command")
+    encode = commands.add_parser("encode", help="photos to tokens")
+    encode.add_argument("images", nargs="+", metavar="IMAGE")
+    encode.add_argument("--out", metavar="TOKENS.npz", required=True)
+    encode.add_argument("--short-side", type=int, metavar="N",
+                        help="encode at this many pixels, 0: each photo's own size (default: as the run scores photos)")
+    decode = commands.add_parser("decode", help="tokens to pictures, at the photos' own sizes")
+    decode.add_argument("tokens", metavar="TOKENS.npz")
+    decode.add_argument("--out", metavar="DIR", required=True, help="where STEM.png of each photo goes")
+    for command in (encode, decode):
+        command.add_argument("--run", default=RUN, metavar="RUN", help=f"a run, or a tokenizer saved alone ({RUN})")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command = commands.add_parser("tokenizer", help="save a run's tokenizer alone, one file that needs no other")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("--out", metavar="FILE.safetensors", required=True)
+    command.add_argument("--pyramid-only", action="store_true", help="early, mid, late: half the size, cannot decode")
     command = commands.add_parser("import", help="make a run directory of a published SAN checkpoint")
     command.add_argument("file", metavar="FILE", help="san_vit_b_16.pth or san_vit_large_14.pth")
     command.add_argument("--out", metavar="RUN", required=True, help="the run directory to make")
@@ -362,6 +399,10 @@ def main(argv=None):
         import_published(args.file, args.out)
         print(f"written: config.json, checkpoint.safetensors, clip.safetensors in {args.out}")
         return
+    if args.command:
+        from tokenizer import run_command                     # here, because that file stands on this one
+
+        return run_command(args)
     for name in ("world", "coco"):
         print(f"PAT, {name}: {trainable(build(preset(name, pretrained='none'))):,} trainable parameters")
 

@@ -102,6 +102,9 @@ class Tokens:
     counts: torch.Tensor
 
 
+torch.export.register_dataclass(Tokens)                       # without it torch.export lets none out of a model
+
+
 class vMFVQ(nn.Module):
     """W_pre, a codebook, and the hard assignment.
 
