@@ -177,7 +177,7 @@ class VLM(nn.Module):
         grid = tuple(x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)
         cls = visual.trunk.cls_token if self.eva else visual.class_embedding
-        x = torch.cat([cls.view(1, 1, -1).expand(len(x), -1, -1), x], 1)                  # (B,1+P,C)
+        x = torch.cat([cls.view(1, 1, -1).expand(x.shape[0], -1, -1), x], 1)              # (B,1+P,C)
         x = x + resize_positions(self.positions.view(-1, self.width), self.old_grid, grid)
         if not self.eva:
             x = visual.ln_pre(x)

@@ -174,7 +174,7 @@ class SemanticStage(nn.Module):
         """codes (K,D), q (B,Q,S), z (B,P,S), t_before (B,N',S) or None -> t (B,N,S) or None, q (B,Q,S)"""
         if not self.mixer:
             return None, self.norm_q(q + self.attn(q, z, z))
-        t = q if self.tok is None else self.tok(codes).expand(len(q), -1, -1)             # (B,N,S)
+        t = q if self.tok is None else self.tok(codes).expand(q.shape[0], -1, -1)         # (B,N,S)
         if self.mix_before is not None:
             t = t + self.mix_before(t_before)
         t = self.norm_t(t + self.hsattn(t, z, z))

@@ -89,7 +89,7 @@ class Tokenizer(nn.Module):
     # ---- sizes ----
 
     def grids(self, height, width):
-        """The token grid of each stage, (h,w), of an image of this many pixels: padded up to the stride, over patches."""
+        """stage -> (h,w), the token grid of an image of this many pixels: padded up to the stride, over patches."""
         h, w = (-(-side // self.stride) * self.stride // self.config.patch for side in (height, width))
         scales = dict(zip(STAGES, (*self.config.scales, 1)))
         return {stage: (h * scales[stage], w * scales[stage]) for stage in self.stages}
@@ -129,7 +129,7 @@ class Tokenizer(nn.Module):
         return indices
 
     def usage(self):
-        """stage -> counts (K) of all that `encode` has given, and vq.codebook_health of them: perplexity, used, cosine."""
+        """stage -> dict: counts (K) of all that `encode` gave, and vq.codebook_health of them: perplexity, used, cosine."""
         return {stage: {"counts": counts.clone(), **codebook_health(counts, self.codebook(stage).cpu())}
                 for stage, counts in self.counts.items()}
 
@@ -145,7 +145,7 @@ class Tokenizer(nn.Module):
                 raise InputError(f"{stage} tokens are {str(index.dtype)[6:]}: indices are whole numbers, such as int64")
             K, s = len(self.counts[stage]), scales[stage]
             if index.dim() != 3 or not index.numel() or index.shape[1] % s or index.shape[2] % s:
-                raise InputError(f"{stage} tokens are {tuple(index.shape)}: needed is (B,h,w), h and w multiples of {s}")
+                raise InputError(f"{stage} tokens are {tuple(index.shape)}: needs (B,h,w), h and w multiples of {s}")
             low, high = (int(n) for n in index.aminmax())
             if low < 0 or high >= K:
                 raise InputError(f"{stage} tokens run from {low} to {high}: this tokenizer has the codes 0 to {K - 1}")
@@ -153,7 +153,7 @@ class Tokenizer(nn.Module):
         if len(set(sides.values())) > 1:
             said = ", ".join(f"{stage} {tuple(indices[stage].shape)}" for stage in sides)
             asked = ":".join(str(scales[stage]) for stage in sides)
-            raise InputError(f"tokens of different images: {said}; their sides must be as {asked}, their number the same")
+            raise InputError(f"tokens of different images: {said}; sides must be as {asked}, their number the same")
 
     def codes(self, indices):
         """stage -> index (B,h,w) of any integer type -> stage -> the codes themselves (B,D,h,w)."""
@@ -169,9 +169,9 @@ class Tokenizer(nn.Module):
         x + (code - x).  Raises InputError without latent tokens or if this is no tokenizer with `latent=True`.
         """
         if self.decoder is None:
-            raise InputError("this tokenizer has no latent stage and no decoder; make it with model.tokenizer(latent=True)")
+            raise InputError("this tokenizer has no latent stage, no decoder: make it by model.tokenizer(latent=True)")
         if "latent" not in indices:
-            raise InputError("decoding starts from the latent tokens, and they are missing; only the others may be left out")
+            raise InputError("decoding starts from the latent tokens, which are missing; only others may be left out")
         return self.decoder(self.codes(indices))["image"].clamp(0, 1)
 
     # ---- one file ----
@@ -229,7 +229,7 @@ def open_tokenizer(run, device="cpu"):
 
 # --- the commands: photos <-> tokens.npz ------------------------------------------------------------------------------
 # names (n) str    sizes (n,2) height, width of the photo    crops (n,2) the same as it was encoded, without padding
-# fingerprint str  of the tokenizer                          STEM.STAGE (h,w) the smallest unsigned type that holds K - 1
+# fingerprint str  of the tokenizer                          STEM.STAGE (h,w) smallest unsigned type that holds K - 1
 
 
 def same_file(a, b):
@@ -284,25 +284,27 @@ def read_tokens(path, tokenizer):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-        names, sizes, crops = (arrays[key].tolist() for key in ("names", "sizes", "crops"))
-        found = [(Path(name).stem, tuple(size), tuple(crop)) for name, size, crop in zip(names, sizes, crops, strict=True)]
+        names, sizes, crops = (arrays[key].astype(kind).tolist()
+                               for key, kind in (("names", str), ("sizes", np.int64), ("crops", np.int64)))
+        found = [(Path(name).stem, *map(tuple, both)) for name, *both in zip(names, sizes, crops, strict=True)]
         if any("/" in name or "\0" in name or Path(name).stem in ("", "..") for name in names):
             raise ValueError("a name with a folder in it")
-        if arrays["sizes"].dtype.kind != "i" or any(len(size) != 2 or min(size) < 1 for _, *two in found for size in two):
+        if any(len(size) != 2 or min(size) < 1 for _, *both in found for size in both):
             raise ValueError("sizes that are none")
         images = [{stage: torch.from_numpy(arrays[f"{stem}.{stage}"].astype(np.int64))[None]
                    for stage in STAGES if f"{stem}.{stage}" in arrays} for stem, _, _ in found]
         fingerprint = str(arrays["fingerprint"])
     except Exception as error:                                # zip, zlib, numpy and the file system each have their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: not a readable file of tokens ({reason}); it may be truncated: encode again") from error
+        raise InputError(f"{path}: not a readable file of tokens ({reason}); if truncated, encode again") from error
     if fingerprint != tokenizer.fingerprint():
         raise InputError(f"{path}: was encoded by another tokenizer; give its run or its file with --run")
     for (stem, _, crop), indices in zip(found, images):
         tokenizer.check(indices)
         shapes = {stage: tuple(index.shape[1:]) for stage, index in indices.items()}
         if shapes != tokenizer.grids(*crop):
-            raise InputError(f"{path}: {stem}: the token grids are not those of {crop[0]}x{crop[1]} pixels: encode again")
+            h, w = crop
+            raise InputError(f"{path}: {stem}: its token grids are not those of {h}x{w} pixels; encode again")
     return [(*about, indices) for about, indices in zip(found, images)]
 
 
