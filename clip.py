@@ -47,6 +47,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, convert_to_custom_text_state_dict
+from open_clip.transformer import QuickGELU
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import RotaryEmbeddingCat
@@ -126,7 +127,8 @@ class VLM(nn.Module):
         self.rope = None
         if self.eva:                                          # timm's own knows the size it was made for, no other
             rope = visual.trunk.rope
-            self.rope = RotaryEmbeddingCat(rope.dim, in_pixels=False, ref_feat_shape=rope.ref_feat_shape)
+            with torch.device("cpu"):                         # computed, never loaded: not even then on "meta"
+                self.rope = RotaryEmbeddingCat(rope.dim, in_pixels=False, ref_feat_shape=rope.ref_feat_shape)
         projection = self.text.text_projection
         self.text_width = projection.shape[-1] if torch.is_tensor(projection) else projection.out_features
         quarter = len(self.blocks) // 4
@@ -175,7 +177,7 @@ class VLM(nn.Module):
         grid = tuple(x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)
         cls = visual.trunk.cls_token if self.eva else visual.class_embedding
-        x = torch.cat([cls.view(1, 1, -1).expand(len(x), -1, -1), x], 1)                  # (B,1+P,C)
+        x = torch.cat([cls.view(1, 1, -1).expand(x.shape[0], -1, -1), x], 1)              # (B,1+P,C)
         x = x + resize_positions(self.positions.view(-1, self.width), self.old_grid, grid)
         if not self.eva:
             x = visual.ln_pre(x)
@@ -184,6 +186,18 @@ class VLM(nn.Module):
             x = self.run(self.blocks[start:stop], x, grid)
             maps.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))                      # (B,C,h,w)
         return Pyramid(maps, x, grid)
+
+    def keep_features(self):
+        """Drop, for good, what `features` does not use: the text tower, all blocks after the last depth, projections."""
+        visual, self.model, self.tokenizer = self.model.visual, nn.Module(), None
+        self.model.visual = visual
+        if self.eva:
+            trunk = visual.trunk
+            trunk.blocks = trunk.blocks[:self.depths[-1]]
+            trunk.rope, trunk.norm, trunk.fc_norm, trunk.head, visual.head = None, None, None, None, None
+        else:
+            visual.transformer.resblocks = visual.transformer.resblocks[:self.depths[-1]]
+            visual.ln_post, visual.proj = None, None
 
     def project(self, x):
         """Tokens (B,T,C) after the last block -> the joint space (B,T,E), unit length."""
@@ -437,6 +451,14 @@ def open_model(name, pretrained):
                              f"trained with; name it: --vlm {name}-gelu or --vlm {name}-quickgelu")
         model.load_state_dict(state)
     return model, open_clip.get_tokenizer(base)
+
+
+def with_activation(name, vlm):
+    """The name by which `open_model` needs no weights to know the activation: ViT-B-16 -> ViT-B-16-quickgelu."""
+    if name == "world" or vlm.eva:                            # these come with one only
+        return name
+    base = name.removesuffix("-quickgelu").removesuffix("-gelu")
+    return base + ("-quickgelu" if isinstance(vlm.blocks[0].mlp.gelu, QuickGELU) else "-gelu")
 
 
 # --- training the world's CLIP: `python clip.py --pretrain` --------------------------------------------------------

@@ -17,7 +17,7 @@ decoder stays light.  One mask head serves both supervised outputs: after the la
 #       the bias; MLP heads as SAN's; one LN before the heads.
 
 Maps inside this file are (B,h,w,c), channels last: linears, norms and attention read them as they are.
-Demo: `python decoder.py` up-samples a disc with DySample.  Tests: tests/test_decoder.py.  Read next: pat.py.
+Demo: `python decoder.py` up-samples a disc with DySample.  Tests: tests/test_decoder.py.  Read next: checkpoint.py.
 """
 
 import math

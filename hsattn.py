@@ -90,8 +90,8 @@ def hypersphere_attention(q, k, v, kappa, mask=None):
         if mask is not None:
             raise ValueError("a mask (B,P) says which keys of each image count: give q, k and v with a batch dimension")
         return hypersphere_attention(q[None], k[None], v[None], kappa)[0]
-    size, wide = len(q), torch.promote_types(q.dtype, torch.float32)
-    if q.device.type == "cpu":                                # a few images at a time: see CACHED
+    size, wide = q.shape[0], torch.promote_types(q.dtype, torch.float32)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():      # a few images at a time: see CACHED
         size = max(1, CACHED * len(q) // max(1, q[..., 0].numel() * k.shape[-2]))
     parts = list(zip(*(x.to(wide).split(size) for x in (q, k, v))))
     masks = [None] * len(parts)

@@ -21,11 +21,11 @@ image ──┬─> frozen CLIP ──> F0, F3, F6, F9 ──fusion──> f0, f
 #       MLP along the token axis; "unified" gives all four stages one codebook through one linear.
 
 Demo: `python pat.py` counts the parameters of the reference size; `python pat.py import san_vit_b_16.pth --out RUN`
-makes a run directory of a published SAN checkpoint.  Tests: tests/test_pat.py.  Read next: losses.py.
+makes a run directory of a published SAN checkpoint; `encode`, `decode` and `tokenizer` are told in tokenizer.py.
+Tests: tests/test_pat.py.  Read next: tokenizer.py.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -34,10 +34,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from checkpoint import fingerprint, load_weights, trained_state
 from decoder import Decoder, Up, log2
 from hsattn import Attn, HSAttn
 from images import InputError, run_cli
@@ -177,11 +177,25 @@ class SemanticStage(nn.Module):
         """codes (K,D), q (B,Q,S), z (B,P,S), t_before (B,N',S) or None -> t (B,N,S) or None, q (B,Q,S)"""
         if not self.mixer:
             return None, self.norm_q(q + self.attn(q, z, z))
-        t = q if self.tok is None else self.tok(codes).expand(len(q), -1, -1)             # (B,N,S)
+        t = q if self.tok is None else self.tok(codes).expand(q.shape[0], -1, -1)         # (B,N,S)
         if self.mix_before is not None:
             t = t + self.mix_before(t_before)
         t = self.norm_t(t + self.hsattn(t, z, z))
         return t, self.norm_q(q + self.attn(q + self.mix(t), z, z))
+
+
+def semantic_branch(side, semantic, codebook, image, f):
+    """The side ViT with a SemanticStage between its blocks: `codebook(stage)` (K,D), image (B,3,H,W), f four (B,S,h,w)
+    -> q (B,Q,S), z (B,S,h,w) after the last block."""
+    t = None
+
+    def update(i, q, z):                                      # what happens between two side blocks
+        nonlocal t
+        t, q = semantic[i - 1](codebook(PYRAMID[i - 1]), q, z, t)
+        return q
+
+    q, z = side(image, f, update)[-1]
+    return q, z.transpose(1, 2).unflatten(2, f[0].shape[-2:])
 
 
 class PAT(SAN):
@@ -230,20 +244,19 @@ class PAT(SAN):
         """The codes of a stage as they are used, (K,D)."""
         return self.quantisers()[stage].codes(self.unified_codes())
 
+    def tokenizer(self, latent=False):
+        """A frozen copy of the tokenizer alone: tokenizer.Tokenizer.  `latent`: with the fourth stage, and `decode`."""
+        from tokenizer import Tokenizer                       # here, because that file stands on this one
+
+        return Tokenizer.of(self, latent)
+
     def forward(self, image, text):
         """image (B,3,H,W) CLIP-normalised, text (L,E) unit -> dict(masks, classes, image, tokens); see SAN.forward."""
         pyramid, f = self.fuse(image)
         given = dict.fromkeys(STAGES, self.unified_codes())
         tokens = self.pixels(image, f[1:], given)
-        t = None
-
-        def update(i, q, z):                                  # what happens between two side blocks
-            nonlocal t
-            t, q = self.semantic[i - 1](self.codebook(PYRAMID[i - 1]), q, z, t)
-            return q
-
-        q, z = self.side(image, f, update)[-1]
-        tokens["latent"] = self.latent(z.transpose(1, 2).unflatten(2, f[0].shape[-2:]), given["latent"])
+        q, z = semantic_branch(self.side, self.semantic, self.codebook, image, f)
+        tokens["latent"] = self.latent(z, given["latent"])
         zq = {stage: found.zq for stage, found in tokens.items()}
         out = self.decoder(zq, q)
         if self.pixel_decoder is not None:
@@ -287,87 +300,13 @@ def build(config):
     return (PAT if config.model == "pat" else SAN)(config)
 
 
-# --- checkpoints: one safetensors file beside one JSON ---------------------------------------------------------------
+# --- run directories: config.json beside checkpoint.safetensors -----------------------------------------------------
 
 
-def trained_state(model):
-    """What training changes: trained parameters and our buffers, not the frozen VLM.  name -> tensor"""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {**trained, **{name: b for name, b in model.named_buffers() if not name.startswith("vlm.")}}
-
-
-def fingerprint(model):
-    """A checksum of the frozen VLM, so that a checkpoint is not joined to other CLIP weights."""
-    digest = hashlib.sha256()
-    for _, p in sorted(model.vlm.named_parameters()):
-        if not p.requires_grad:
-            digest.update(p.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def read_checkpoint(path):
-    """(name -> tensor of the trained part, metadata) of a checkpoint.  Raises InputError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            state = {key[6:]: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}
-            return state, file.metadata() or {}
-    except Exception as error:
-        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); it may be truncated: "
-                         "copy it again or train again") from error
-
-
-def load_weights(model, path):
-    """Load the trained part of a checkpoint.  Raises InputError unless names, shapes and the VLM agree."""
-    state, metadata = read_checkpoint(path)
-    own = trained_state(model)
-    wrong = sorted(key for key in own.keys() | state.keys()
-                   if key not in own or key not in state or own[key].shape != state[key].shape)
-    if wrong:
-        raise InputError(f"{path}: {len(wrong)} entries do not fit this model, the first is {wrong[0]}; "
-                         "it belongs to another preset or other switches")
-    if metadata.get("vlm") != fingerprint(model):
-        raise InputError(f"{path}: was trained over other CLIP weights than {model.config.pretrained!r}")
-    with torch.no_grad():
-        for key, value in state.items():
-            own[key].copy_(value)
-
-
-def layers(names, everything):
-    """`names` in short: a layer of which every entry of `everything` is among them stands for all of these."""
-    found = set()
-    for name in names:
-        parts = name.split(".")
-        for prefix in (".".join(parts[:k]) for k in range(1, len(parts) + 1)):
-            if all(other in names for other in everything if other == prefix or other.startswith(prefix + ".")):
-                found.add(prefix)
-                break
-    return sorted(found)
-
-
-def warm_start(model, run):
-    """Start from another run: copy every trained entry of its checkpoint that has a place of its shape in `model`.
-
-    CLIP's position embedding belongs to its CLIP, so it comes along only if the frozen weights are the same.  -> a line
-    that says what was taken, and which layers were not.  Raises InputError if there is no such run, or nothing fits.
-    """
-    if Path(run).is_file():
-        raise InputError(f"--init {run}: takes a run directory; a published SAN checkpoint becomes one with "
-                         f"python pat.py import {run} --out runs/san-published")
-    load_config(run)
-    state, metadata = read_checkpoint(Path(run) / "checkpoint.safetensors")
-    own, same = trained_state(model), metadata.get("vlm") == fingerprint(model)
-    fits = {name for name in own.keys() & state.keys()
-            if own[name].shape == state[name].shape and (same or not name.startswith("vlm."))}
-    if not fits:
-        raise InputError(f"--init {run}: nothing in its checkpoint fits this model; is it of another preset?")
-    with torch.no_grad():
-        for name in fits:
-            own[name].copy_(state[name])
-    said = {"without a place here": layers(state.keys() - own.keys(), state),
-            "not in it": layers(own.keys() - state.keys(), own),
-            "of another shape or another CLIP": layers(own.keys() & state.keys() - fits, own)}
-    return (f"started from {run}: {len(fits)} of its {len(state)} entries taken" +
-            "".join(f"; {what}: {', '.join(names)}" for what, names in said.items() if names))
+def config_from(stored, config_class=PATConfig):
+    """The config that `asdict` and JSON made a dict of; entries it does not know are left out."""
+    known = {field.name for field in fields(config_class)}
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
 
 
 def load_config(run, config_class=PATConfig):
@@ -377,8 +316,7 @@ def load_config(run, config_class=PATConfig):
     """
     try:
         stored = json.loads((Path(run) / "config.json").read_text())
-        known = {field.name for field in fields(config_class)}
-        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
+        config = config_from(stored, config_class)
         beside = Path(run) / config.pretrained
         return replace(config, pretrained=str(beside)) if beside.is_file() else config
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -442,14 +380,32 @@ def import_published(path, out, config=None):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+RUN = "runs/world-pat-0"                # where the default run leaves PAT
+
+
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
 
 def main(argv=None):
-    parser = OneLineParser(description="PAT's parameters; or a run directory from a published SAN checkpoint")
+    parser = OneLineParser(description="PAT's parameters; the tokenizer on its own; a run from a published checkpoint")
     commands = parser.add_subparsers(dest="command")
+    encode = commands.add_parser("encode", help="photos to tokens")
+    encode.add_argument("images", nargs="+", metavar="IMAGE")
+    encode.add_argument("--out", metavar="TOKENS.npz", required=True)
+    encode.add_argument("--short-side", type=int, metavar="N",
+                        help="encode at this many pixels, 0: each photo's own size (default: as the run scores photos)")
+    decode = commands.add_parser("decode", help="tokens to pictures, at the photos' own sizes")
+    decode.add_argument("tokens", metavar="TOKENS.npz")
+    decode.add_argument("--out", metavar="DIR", required=True, help="where STEM.png of each photo goes")
+    for command in (encode, decode):
+        command.add_argument("--run", default=RUN, metavar="RUN", help=f"a run, or a tokenizer saved alone ({RUN})")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command = commands.add_parser("tokenizer", help="save a run's tokenizer alone, one file that needs no other")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("--out", metavar="FILE.safetensors", required=True)
+    command.add_argument("--pyramid-only", action="store_true", help="early, mid, late: half the size, cannot decode")
     command = commands.add_parser("import", help="make a run directory of a published SAN checkpoint")
     command.add_argument("file", metavar="FILE", help="san_vit_b_16.pth or san_vit_large_14.pth")
     command.add_argument("--out", metavar="RUN", required=True, help="the run directory to make")
@@ -458,6 +414,10 @@ def main(argv=None):
         import_published(args.file, args.out)
         print(f"written: config.json, checkpoint.safetensors, clip.safetensors in {args.out}")
         return
+    if args.command:
+        from tokenizer import run_command                     # here, because that file stands on this one
+
+        return run_command(args)
     for name in ("world", "coco"):
         print(f"PAT, {name}: {trainable(build(preset(name, pretrained='none'))):,} trainable parameters")
 

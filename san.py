@@ -148,7 +148,7 @@ class SideViT(nn.Module):
         z = self.patch_embed(image)                                                       # (B,S,h,w)
         pos, Q = self.positions(tuple(z.shape[-2:])), self.queries
         query = self.query_embed if query is None else query
-        x = torch.cat([query.expand(len(z), -1, -1), tokens(z)], 1) + pos                 # (B,Q+P,S)
+        x = torch.cat([query.expand(z.shape[0], -1, -1), tokens(z)], 1) + pos             # (B,Q+P,S)
         q, z = x[:, :Q], x[:, Q:] + tokens(f[0])
         outputs = []
         for i, block in enumerate(self.blocks, 1):

@@ -33,13 +33,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ablations import STEPS, ablate, ablation_seeds
+from checkpoint import load_checkpoint, save_checkpoint, warm_start
 from clip import pretrain
 from data import opened, scored_on
 from eval import format_table, score_table, write_run
@@ -47,7 +46,7 @@ from hsattn import g
 from images import InputError, parse_flags, rng_for, run_cli, to_unit, write_files
 from kernels import path
 from losses import BCE, CE, DICE, alignment, class_weight, load_lpips, reconstruction, segmentation, targets
-from pat import PATConfig, build, fingerprint, load_config, load_weights, preset, trained_state, warm_start
+from pat import PATConfig, build, load_config, preset
 from patches import PATCH_IMAGES
 from san import trainable
 from tally import Pass
@@ -214,7 +213,7 @@ def restart(model, tokens, config, step):
     return done
 
 
-# --- optimiser, checkpoint -----------------------------------------------------------------------------------------
+# --- optimiser -----------------------------------------------------------------------------------------------------
 
 
 def parameter_groups(model, weight_decay):
@@ -231,34 +230,6 @@ def parameter_groups(model, weight_decay):
 def learning_rate(config, step):
     """Linear warm-up, then poly decay with power 0.9, 0 at the end."""
     return config.lr * min(1.0, (step + 1) / max(config.warmup, 1)) * (1 - step / config.steps) ** 0.9
-
-
-def save_checkpoint(path, model, optimizer, step, scaler):
-    """Weights, AdamW's moments, step and loss scale in one safetensors file, replaced atomically."""
-    tensors = {f"model.{name}": value for name, value in trained_state(model).items()}
-    names = {p: name for name, p in model.named_parameters()}
-    for p, state in optimizer.state.items():
-        tensors.update({f"adam.{kind}.{names[p]}": value for kind, value in state.items()})
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    scale = json.dumps(scaler.state_dict() if scaler else {})
-    temporary = path.with_name("." + path.name)
-    save_file(tensors, temporary, {"step": str(step), "vlm": fingerprint(model), "scaler": scale})
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path, model, optimizer, scaler):
-    """Restore what `save_checkpoint` wrote; returns the step.  Raises InputError on a damaged or foreign file."""
-    load_weights(model, path)
-    with safe_open(path, "pt") as file:
-        keys, metadata = set(file.keys()), file.metadata()
-        for name, p in model.named_parameters():
-            if f"adam.step.{name}" in keys:
-                state = {kind: file.get_tensor(f"adam.{kind}.{name}") for kind in ("step", "exp_avg", "exp_avg_sq")}
-                where = {"step": "cpu"}                       # AdamW keeps its step counter there
-                optimizer.state[p] = {kind: value.to(where.get(kind, p.device)) for kind, value in state.items()}
-    if scaler and json.loads(metadata["scaler"]):
-        scaler.load_state_dict(json.loads(metadata["scaler"]))
-    return int(metadata["step"])
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
@@ -364,7 +335,7 @@ def train(config, resume=False, device="cpu"):
     # ---- model, optimiser, data ----
     torch.manual_seed(config.seed)
     model = build(config).to(device).train()
-    began = warm_start(model, config.init) if config.init and not resume else ""
+    began = warm_start(model, config.init, load_config) if config.init and not resume else ""
     run = run_directory(config, resume)                       # from here on there is something on disk
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr)
     scaler = torch.amp.GradScaler() if config.precision == "fp16" and device.startswith("cuda") else None

@@ -40,7 +40,7 @@ CHUNK = 4096                               # rows scored at a time on the CPU: (
 @torch.no_grad()
 def nearest(x, codes):
     """The index of the largest dot product, the lowest on a tie: x (n,D), codes (K,D) -> (n) int64"""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():           # a graph holds no loop over any number of rows
         return (x @ codes.T).argmax(1)
     index, best = torch.empty(len(x), dtype=torch.int64), x.new_empty(len(x))
     scores = x.new_empty(min(CHUNK, len(x)), len(codes))      # one piece of memory for all chunks
@@ -106,6 +106,9 @@ class Tokens:
     x: torch.Tensor
     loss: torch.Tensor
     counts: torch.Tensor
+
+
+torch.export.register_dataclass(Tokens)                       # without it torch.export lets none out of a model
 
 
 class vMFVQ(nn.Module):

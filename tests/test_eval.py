@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import eval as E
+from checkpoint import save_checkpoint
 from data import Published
 from images import InputError, checksum
 from pat import build
 from test_published import STEMS, packed, unpacked
 from test_tally import FakeInception, FakeModel, FakeVLM, TwoHalves
 from test_train import tiny
-from train import save_checkpoint
 from vocabulary import DATASETS, load_vocabulary
 
 

@@ -1,0 +1,351 @@
+"""The tokenizer on its own: an image as four maps of small integers, and back, without words, masks or recognition.
+
+    pyramid:  image ──> CLIP's blocks up to the last depth ──fusion──> f3, f6, f9 ──PixelBranch──> early, mid, late
+    latent:   + f0, side ViT, semantic stages ──> z8 ──> latent        and back: codes ──decoder──> image
+
+    640x640, ViT-B/16:   early 160x160 of 128   mid 80x80 of 64   late 40x40 of 32   latent 40x40 of 256
+    bits per pixel = Σ tokens log2 K / pixels = (25600*7 + 6400*6 + 1600*5 + 1600*8) / 409600 = 0.582
+
+`model.tokenizer()` copies the three pyramid stages out of a PAT: nothing flows into them from the queries or from the
+side ViT (pat.py), which therefore stay behind.  `latent=True` brings these along, and a decoder for pixels only.  What
+it gives is, bit for bit, what the whole PAT gives.  One file holds it, its part of CLIP included.
+
+    python pat.py encode a.jpg b.png --out tokens.npz      any size and kind of picture; tokens, bits, bytes of each
+    python pat.py decode tokens.npz --out pictures         a PNG each, at the picture's own size
+    python pat.py tokenizer runs/world-pat-0 --out tokenizer.safetensors      then `--run tokenizer.safetensors`
+
+# paper: the three pyramid codebooks can be detached.   # ours: everything about files; what `latent` brings along.
+
+Tests: tests/test_tokenizer.py.  Read next: losses.py.  B, H, W, h, w, D, K: see hsattn.py.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+from clip import checksum, differences, with_activation
+from images import InputError, read_image, resize_short, to_tensor, write_files
+from pat import PAT, PYRAMID, STAGES, PATConfig, check, config_from, load_run, semantic_branch
+from vq import codebook_health
+
+
+class Tokenizer(nn.Module):
+    """See the header.  `model.tokenizer()` or `Tokenizer.load` make one; by itself this builds shapes without numbers.
+
+    `stages`: early, mid, late, and latent if it has that.  `stride`: `forward` takes sides that are multiples of it.
+    """
+
+    def __init__(self, config, latent=False):
+        super().__init__()
+        with torch.device("meta"):                            # PAT's own parts, before they take any memory
+            model = PAT(replace(config, pretrained="none"))
+        self.config, self.stride, self.stages = config, model.stride, STAGES if latent else PYRAMID
+        self.vlm, self.pixels = model.vlm, model.pixels
+        self.vlm.keep_features()
+        self.fusion = nn.ModuleDict({str(i): model.fusion[i] for i in range(0 if latent else 1, len(STAGES))})
+        self.register_buffer("unified", model.unified_codes())           # the one codebook of that ablation, or None
+        self.side = self.semantic = self.latent = self.decoder = None
+        if latent:
+            self.side, self.semantic, self.latent = model.side, model.semantic, model.latent
+            self.decoder = model.pixel_decoder or model.decoder
+            self.decoder.query = self.decoder.cross = self.decoder.head = None            # those of the masks
+        for vq in self.quantisers().values():
+            del vq.idle                                       # a count that training keeps
+        self.counts = {stage: torch.zeros(len(self.codebook(stage)), dtype=torch.int64) for stage in self.stages}
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def of(cls, model, latent=False):
+        """A copy of a PAT's tokenizer, on its device."""
+        config = PATConfig(**{field.name: getattr(model.config, field.name) for field in fields(PATConfig)})
+        config = replace(config, vlm=with_activation(config.vlm, model.vlm), pretrained="none", kernels="auto", data="",
+                         val_data="")                         # nobody who is given the file needs those
+        tokenizer, state = cls(config, latent), {**model.state_dict(), "unified": model.unified_codes()}
+        if model.pixel_decoder is not None:
+            state.update({f"decoder.{name}": value for name, value in model.pixel_decoder.state_dict().items()})
+        own = {name: state[name].detach().clone() for name in tokenizer.state_dict()}
+        tokenizer.load_state_dict(own, assign=True)
+        return tokenizer
+
+    def quantisers(self):
+        return {**self.pixels.vq, **({} if self.latent is None else {"latent": self.latent})}
+
+    def codebook(self, stage):
+        """The codes of a stage as they are used, (K,D)."""
+        return self.quantisers()[stage].codes(self.unified)
+
+    # ---- sizes ----
+
+    def grids(self, height, width):
+        """stage -> (h,w), the token grid of an image of this many pixels: padded up to the stride, over patches."""
+        h, w = (-(-side // self.stride) * self.stride // self.config.patch for side in (height, width))
+        scales = dict(zip(STAGES, (*self.config.scales, 1)))
+        return {stage: (h * scales[stage], w * scales[stage]) for stage in self.stages}
+
+    def bits_per_pixel(self, height, width):
+        """Σ tokens log2 K over the pixels of the image; the tokens of the padding count, its pixels do not."""
+        grids = self.grids(height, width)
+        return sum(h * w * math.log2(len(self.counts[stage])) for stage, (h, w) in grids.items()) / (height * width)
+
+    # ---- image -> indices ----
+
+    def forward(self, image):
+        """image (B,3,H,W) CLIP-normalised, H and W multiples of the stride -> stage -> index (B,h,w) int64.
+
+        A graph and nothing else: torch.compile and torch.export take it.
+        """
+        grid = (image.shape[-2] // self.config.patch, image.shape[-1] // self.config.patch)
+        maps = self.vlm.features(image).maps                                              # four (B,C,hc,wc)
+        f = [fuse(maps[int(i)], grid) for i, fuse in self.fusion.items()]                 # each (B,S,g,g)
+        found = self.pixels(image, f[-len(PYRAMID):], dict.fromkeys(PYRAMID, self.unified))
+        if self.latent is not None:
+            _, z = semantic_branch(self.side, self.semantic, self.codebook, image, f)     # (B,S,g,g)
+            found["latent"] = self.latent(z, self.unified)
+        return {stage: tokens.index for stage, tokens in found.items()}
+
+    @torch.no_grad()
+    def encode(self, image):
+        """image (B,3,H,W) CLIP-normalised, of any size -> stage -> index (B,h,w) int64; counts for `usage`.
+
+        Padded with zeros (CLIP's mean colour) right and below to multiples of the stride, so the grid is that of
+        `grids(H, W)`: its last rows and columns may show nothing but padding.
+        """
+        H, W = image.shape[-2:]
+        indices = self(F.pad(image, (0, -W % self.stride, 0, -H % self.stride)))
+        for stage, index in indices.items():
+            self.counts[stage] += torch.bincount(index.flatten(), minlength=len(self.counts[stage])).cpu()
+        return indices
+
+    def usage(self):
+        """stage -> dict: counts (K) of all that `encode` gave, and vq.codebook_health of them: perplexity, used, cosine."""
+        return {stage: {"counts": counts.clone(), **codebook_health(counts, self.codebook(stage).cpu())}
+                for stage, counts in self.counts.items()}
+
+    # ---- indices -> codes, image ----
+
+    def check(self, indices):
+        """Raises InputError unless `indices` are stages of this tokenizer on grids that fit together."""
+        scales, sides = dict(zip(STAGES, (*self.config.scales, 1))), {}
+        for stage, index in indices.items():
+            if stage not in self.stages:
+                raise InputError(f"tokens of {stage!r}: this tokenizer has {', '.join(self.stages)}")
+            if index.dtype in (torch.bool, torch.complex64, torch.complex128) or index.is_floating_point():
+                raise InputError(f"{stage} tokens are {str(index.dtype)[6:]}: indices are whole numbers, such as int64")
+            K, s = len(self.counts[stage]), scales[stage]
+            if index.dim() != 3 or not index.numel() or index.shape[1] % s or index.shape[2] % s:
+                raise InputError(f"{stage} tokens are {tuple(index.shape)}: needs (B,h,w), h and w multiples of {s}")
+            low, high = (int(n) for n in index.aminmax())
+            if low < 0 or high >= K:
+                raise InputError(f"{stage} tokens run from {low} to {high}: this tokenizer has the codes 0 to {K - 1}")
+            sides[stage] = (index.shape[0], index.shape[1] // s, index.shape[2] // s)
+        if len(set(sides.values())) > 1:
+            said = ", ".join(f"{stage} {tuple(indices[stage].shape)}" for stage in sides)
+            asked = ":".join(str(scales[stage]) for stage in sides)
+            raise InputError(f"tokens of different images: {said}; sides must be as {asked}, their number the same")
+
+    def codes(self, indices):
+        """stage -> index (B,h,w) of any integer type -> stage -> the codes themselves (B,D,h,w)."""
+        self.check(indices)
+        return {stage: F.embedding(index.long(), self.codebook(stage)).permute(0, 3, 1, 2)
+                for stage, index in indices.items()}
+
+    @torch.no_grad()
+    def decode(self, indices):
+        """stage -> index (B,h,w) -> image (B,3,H,W) in [0,1], padding included.
+
+        A missing pyramid stage is a zero condition.  PAT's own image differs by rounding: its straight-through zq is
+        x + (code - x).  Raises InputError without latent tokens or if this is no tokenizer with `latent=True`.
+        """
+        if self.decoder is None:
+            raise InputError("this tokenizer has no latent stage, no decoder: make it by model.tokenizer(latent=True)")
+        if "latent" not in indices:
+            raise InputError("decoding starts from the latent tokens, which are missing; only others may be left out")
+        return self.decoder(self.codes(indices))["image"].clamp(0, 1)
+
+    # ---- one file ----
+
+    def fingerprint(self):
+        """16 hex digits of all that the meaning of a token depends on: every number and every size."""
+        told = [checksum(self.state_dict()), self.stages, asdict(replace(self.config, seed=0, preset=""))]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    def save(self, path):
+        """Write all of it to one safetensors file, atomically.  Raises InputError where that cannot be done."""
+        told = dict(config=asdict(self.config), latent=self.latent is not None, fingerprint=self.fingerprint())
+        state = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
+        write_files({path: save(state, {"pat_tokenizer": json.dumps(told)})})
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """What `save` wrote.  Raises InputError, one line, for any other file and for a damaged one."""
+        try:
+            with safe_open(path, "pt") as file:
+                told, state = (file.metadata() or {}).get("pat_tokenizer"), {k: file.get_tensor(k) for k in file.keys()}
+        except Exception as error:                            # safetensors and the file system each have their own
+            raise InputError(f"{path}: not a readable tokenizer ({str(error).splitlines()[0]}); it may be truncated: "
+                             "copy it again") from error
+        if told is None:
+            raise InputError(f"{path}: holds no tokenizer; make one with python pat.py tokenizer RUN --out {path}")
+        try:
+            told = json.loads(told)
+            config = config_from(told["config"])
+            check(config)
+            tokenizer = cls(config, told["latent"])
+        except (ValueError, TypeError, KeyError, AttributeError, InputError) as error:
+            raise InputError(f"{path}: its description of the tokenizer is damaged ({error}); copy it again") from error
+        wrong = differences(tokenizer.state_dict(), state, most=5)
+        if wrong:
+            raise InputError(f"{path}: its tensors are not those of the tokenizer it describes: {wrong}")
+        tokenizer.load_state_dict(state, assign=True)
+        if tokenizer.fingerprint() != told.get("fingerprint"):
+            raise InputError(f"{path}: damaged: its numbers are not those that were written; copy it again")
+        return tokenizer.to(device)
+
+
+def from_run(run, device="cpu"):
+    """The PAT of a run directory.  Raises InputError for one of SAN."""
+    model, config = load_run(run, device)
+    if config.model != "pat":
+        raise InputError(f"{run}: a run of {config.model.upper()}, which has no tokens; give one of PAT")
+    return model
+
+
+def open_tokenizer(run, device="cpu"):
+    """The tokenizer of a run directory, latent included, or of a file that `Tokenizer.save` wrote."""
+    return Tokenizer.load(run, device) if Path(run).is_file() else from_run(run, device).tokenizer(latent=True)
+
+
+# --- the commands: photos <-> tokens.npz ------------------------------------------------------------------------------
+# names (n) str    sizes (n,2) height, width of the photo    crops (n,2) the same as it was encoded, without padding
+# fingerprint str  of the tokenizer                          STEM.STAGE (h,w) smallest unsigned type that holds K - 1
+
+
+def same_file(a, b):
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def encode_files(paths, out, tokenizer, short_side=None):
+    """Encode photos into `out` (.npz); prints a line each.  `short_side`: encoded at this many pixels, 0 = as they are.
+
+    Default: the size at which its run scores photos.  Raises InputError, and then nothing is written.
+    """
+    paths, out, c = [Path(path) for path in paths], Path(out), tokenizer.config
+    by_stem = {}
+    for path in paths:
+        if by_stem.setdefault(path.stem, path) is not path:
+            raise InputError(f"{path} and {by_stem[path.stem]}: tokens go by the name before the ending; rename one")
+        if same_file(path, out):
+            raise InputError(f"--out {out}: would overwrite the input; choose another name")
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise InputError(f"--out {out}: give a name ending in .npz in an existing folder")
+    short = c.short_side if short_side is None else short_side
+    if short < 0:
+        raise InputError(f"--short-side {short}: takes a number of pixels, or 0 for each photo's own size")
+    arrays = {"fingerprint": np.array(tokenizer.fingerprint()), "names": np.array([path.name for path in paths])}
+    sizes, crops, device = [], [], tokenizer.vlm.positions.device
+    for path in paths:
+        picture = read_image(path)                                                        # (H,W,3) uint8
+        small = resize_short(picture, short, c.long_side * short // c.short_side) if short else picture
+        (H, W), (h, w) = picture.shape[:2], small.shape[:2]
+        tokens = 0
+        for stage, index in tokenizer.encode(to_tensor(small)[None].to(device)).items():
+            smallest = np.min_scalar_type(len(tokenizer.counts[stage]) - 1)
+            arrays[f"{path.stem}.{stage}"] = index[0].cpu().numpy().astype(smallest)
+            tokens += index.numel()
+        sizes.append((H, W))
+        crops.append((h, w))
+        grids = ", ".join(f"{stage} {a}x{b}" for stage, (a, b) in tokenizer.grids(h, w).items())
+        bits = tokenizer.bits_per_pixel(h, w)
+        print(f"{path.name}: {H}x{W}, encoded at {h}x{w}: {grids} = {tokens:,} tokens, {bits:.3f} bits per pixel, "
+              f"{math.ceil(bits * h * w / 8):,} bytes; the photo's file has {path.stat().st_size:,}")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, sizes=np.array(sizes), crops=np.array(crops), **arrays)
+    write_files({out: buffer.getvalue()})
+    print(f"written: {out}, {len(paths)} image{'s' * (len(paths) > 1)}, {buffer.tell():,} bytes")
+
+
+def read_tokens(path, tokenizer):
+    """[(stem, size (H,W), crop (h,w), stage -> index (1,h,w) int64)] of a file that `encode_files` wrote.
+
+    Raises InputError for a damaged or foreign file, for another tokenizer's, and for one that would write elsewhere.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        names, sizes, crops = (arrays[key].astype(kind).tolist()
+                               for key, kind in (("names", str), ("sizes", np.int64), ("crops", np.int64)))
+        found = [(Path(name).stem, *map(tuple, both)) for name, *both in zip(names, sizes, crops, strict=True)]
+        if any("/" in name or "\0" in name or Path(name).stem in ("", "..") for name in names):
+            raise ValueError("a name with a folder in it")
+        if any(len(size) != 2 or min(size) < 1 for _, *both in found for size in both):
+            raise ValueError("sizes that are none")
+        images = [{stage: torch.from_numpy(arrays[f"{stem}.{stage}"].astype(np.int64))[None]
+                   for stage in STAGES if f"{stem}.{stage}" in arrays} for stem, _, _ in found]
+        fingerprint = str(arrays["fingerprint"])
+    except Exception as error:                                # zip, zlib, numpy and the file system each have their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a readable file of tokens ({reason}); if truncated, encode again") from error
+    if fingerprint != tokenizer.fingerprint():
+        raise InputError(f"{path}: was encoded by another tokenizer; give its run or its file with --run")
+    for (stem, _, crop), indices in zip(found, images):
+        tokenizer.check(indices)
+        shapes = {stage: tuple(index.shape[1:]) for stage, index in indices.items()}
+        if shapes != tokenizer.grids(*crop):
+            h, w = crop
+            raise InputError(f"{path}: {stem}: its token grids are not those of {h}x{w} pixels; encode again")
+    return [(*about, indices) for about, indices in zip(found, images)]
+
+
+def decode_file(path, out, tokenizer):
+    """Decode every image of a file of tokens to `out`/STEM.png at the photo's own size; overwrites nothing.
+
+    Raises InputError; a bad file of tokens or a name that is taken is found before anything is written.
+    """
+    images, out = read_tokens(path, tokenizer), Path(out)
+    if tokenizer.decoder is None:
+        raise InputError("this tokenizer only encodes: it was saved with --pyramid-only")
+    for stem, *_ in images:
+        if (out / f"{stem}.png").exists():
+            raise InputError(f"{out / stem}.png: exists already; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be made a directory ({error.strerror})") from error
+    device = tokenizer.vlm.positions.device
+    for stem, (H, W), (h, w), indices in images:
+        image = tokenizer.decode({stage: index.to(device) for stage, index in indices.items()})[0, :, :h, :w]
+        picture = Image.fromarray((255 * image).round().byte().permute(1, 2, 0).cpu().numpy())
+        write_files({out / f"{stem}.png": picture if (h, w) == (H, W) else picture.resize((W, H), Image.BILINEAR)})
+        print(f"written: {out / stem}.png, {H}x{W}, decoded at {h}x{w}")
+
+
+def run_command(args):
+    """`python pat.py encode | decode | tokenizer`, its arguments parsed."""
+    if args.command == "tokenizer":
+        if Path(args.run).is_file():
+            raise InputError(f"{args.run}: takes a run directory" + (
+                ", and this is one already saved alone" if args.run.endswith(".safetensors") else ""))
+        if Path(args.out).suffix != ".safetensors":
+            raise InputError(f"--out {args.out}: give a name ending in .safetensors")
+        found = from_run(args.run).tokenizer(latent=not args.pyramid_only)
+        found.save(args.out)
+        return print(f"written: {args.out}, {Path(args.out).stat().st_size:,} bytes, {', '.join(found.stages)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
+    found = open_tokenizer(args.run, args.device)
+    if args.command == "encode":
+        encode_files(args.images, args.out, found, args.short_side)
+    else:
+        decode_file(args.tokens, args.out, found)
