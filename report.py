@@ -38,7 +38,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; 
        background: #fff }}
 h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem }}
 .wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse }} caption {{ text-align: left; color: #555 }}
+table {{ border-collapse: collapse; margin-bottom: 1rem }} caption {{ text-align: left; color: #555 }}
 th, td {{ padding: .2rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee }}
 th:first-child {{ text-align: left; position: sticky; left: 0; background: #fff }}
 pre {{ font-size: .8rem }}
@@ -157,6 +157,15 @@ def score_section(table, titles):
             lines.append(f"<tr><th>{html.escape(title)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     caption = (f"{table['data']}: {table['images']} images, {len(table['names'])} names.  Fractions 0..1, PSNR in dB; "
                "n/m: not measured.")
+    books = next(iter(table["rows"].values()))["codebooks"]
+    if books:
+        lines += ["</table><table><caption>Codebooks; mean cosine: between used codes; bf16: indices that survive its "
+                  "rounding</caption><tr><th></th><th>codes</th><th>perplexity</th><th>share used</th><th>mean cosine</th>"
+                  "<th>unchanged by bf16</th></tr>"]
+    for stage, book in books.items():
+        cosine = "-" if book["cosine"] is None else f"{book['cosine']:.3f}"
+        lines.append(f"<tr><th>{stage}</th><td>{book['codes']}</td><td>{book['perplexity']:.1f}</td>"
+                     f"<td>{book['share_used']:.3f}</td><td>{cosine}</td><td>{book['bf16']:.4f}</td></tr>")
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in table["notes"])
     return (f"<h2>Scores</h2><div class=wide><table><caption>{html.escape(caption)}</caption>{''.join(lines)}</table></div>"
             + notes)

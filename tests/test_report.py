@@ -52,8 +52,10 @@ class Page(HTMLParser):
 
 
 TABLE = {"data": "a folder", "images": 1, "names": NAMES, "notes": ["MaskCLIP row not measured: why"],
-         "rows": {"PAT runs/<x>": {"segmentation": {"mIoU": 0.5}, "reconstruction": {"PSNR": 21.234, "LPIPS": None}},
-                  "chance": {"segmentation": {"mIoU": 0.01}, "reconstruction": None}}}
+         "rows": {"PAT runs/<x>": {"segmentation": {"mIoU": 0.5}, "reconstruction": {"PSNR": 21.234, "LPIPS": None},
+                                "codebooks": {"early": {"codes": 128, "perplexity": 82.64, "share_used": 1.0,
+                                                        "cosine": None, "bf16": 0.9991}}},
+                  "chance": {"segmentation": {"mIoU": 0.01}, "reconstruction": None, "codebooks": {}}}}
 TITLES = {"mIoU": "mIoU", "fwIoU": "fwIoU", "PSNR": "PSNR dB", "LPIPS": "LPIPS"}
 
 
@@ -122,6 +124,7 @@ def test_the_table_has_a_line_a_measure_and_says_what_was_not_measured():
     assert "<tr><th>mIoU</th><td>0.500</td><td>0.010</td></tr>" in text
     assert "<tr><th>PSNR dB</th><td>21.23</td><td>-</td></tr>" in text
     assert "<tr><th>LPIPS</th><td>n/m</td><td>-</td></tr>" in text
+    assert "<th>early</th><td>128</td><td>82.6</td><td>1.000</td><td>-</td><td>0.9991</td>" in text
     assert "fwIoU" not in text and "MaskCLIP row not measured: why" in text
 
 
