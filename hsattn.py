@@ -27,6 +27,8 @@ Dimensions (the same letters in every file)
     K codes of a stage    N local tokens of a stage    Q global tokens (mask queries)    L classes
 """
 
+from itertools import repeat
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -90,15 +92,15 @@ def hypersphere_attention(q, k, v, kappa, mask=None):
         if mask is not None:
             raise ValueError("a mask (B,P) says which keys of each image count: give q, k and v with a batch dimension")
         return hypersphere_attention(q[None], k[None], v[None], kappa)[0]
-    size, wide = q.shape[0], torch.promote_types(q.dtype, torch.float32)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():      # a few images at a time: see CACHED
-        size = max(1, CACHED * len(q) // max(1, q[..., 0].numel() * k.shape[-2]))
-    parts = list(zip(*(x.to(wide).split(size) for x in (q, k, v))))
-    masks = [None] * len(parts)
     if mask is not None:
-        masks = mask.view(len(mask), *[1] * (q.dim() - 2), -1).split(size)                # (B,...,1,P)
+        mask = mask.view(mask.shape[0], *[1] * (q.dim() - 2), -1)                         # (B,...,1,P)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    parts = [(q.to(wide), k.to(wide), v.to(wide), mask)]
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():      # a few images at a time: see CACHED
+        size = max(1, CACHED * q.shape[0] // max(1, q[..., 0].numel() * k.shape[-2]))
+        parts = zip(*(repeat(None) if x is None else x.split(size) for x in parts[0]))
     with torch.autocast(q.device.type, enabled=False):
-        outs = [MeanShift.apply(*part, float(kappa), part_mask) for part, part_mask in zip(parts, masks)]
+        outs = [MeanShift.apply(q, k, v, float(kappa), mask) for q, k, v, mask in parts]
     return torch.cat(outs).to(q.dtype)
 
 
