@@ -27,6 +27,8 @@ from images import IGNORE, palette
 from inference import segment
 from pictures import overlay, resize, to_image, token_map
 
+LONGEST = 512                          # pixels of a picture's longer side
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -185,6 +187,13 @@ def most_common_names(index, label, names, codes):
     return texts
 
 
+def shrunk(label, picture):
+    """label (H,W) and picture (H,W,3) uint8, both with the longer side at most LONGEST: what a page can hold."""
+    size = [max(1, round(n * min(1, LONGEST / max(label.shape)))) for n in label.shape]
+    rows, columns = (((np.arange(n) + 0.5) / n * full).astype(int) for n, full in zip(size, label.shape))
+    return label[rows][:, columns], resize(picture, size, smooth=True) if max(label.shape) > LONGEST else picture
+
+
 def token_data(seen, label, names, books):
     """One image for the script: stage -> its tokens, how much of the map the image covers, and the names under them.
 
@@ -209,7 +218,7 @@ def token_section(model, dataset, patches, device, images):
     groups, data = [], []
     for number in range(min(images, len(dataset))):
         sample = dataset[number]
-        label, picture = np.asarray(sample["label"]), sample["original"]
+        label, picture = shrunk(np.asarray(sample["label"]), sample["original"])
         size = label.shape
         prediction, seen = segment(model, sample["image"], text, size)
         present = ", ".join(dataset.names[i] for i in np.unique(label) if i != IGNORE)

@@ -13,7 +13,7 @@ from PIL import Image
 from images import IGNORE, palette, to_tensor
 from inference import segment
 from pat import STAGES, build, preset
-from report import data_uri, most_common_names, report, score_section, token_data
+from report import data_uri, most_common_names, report, score_section, shrunk, token_data
 
 NAMES = ["grass", 'a <b>"bold"</b> name</script>']
 
@@ -95,6 +95,14 @@ def test_the_script_gets_the_models_own_tokens(model, page):
         assert (kept == index).all()
         assert there["shown"] == [44 / 48, 60 / 64]
         assert data["stages"][stage]["counts"] == list(range(model.config.codes[STAGES.index(stage)]))
+
+
+def test_a_large_photo_is_shrunk_with_its_labels():
+    """1024x600 becomes 512x300; the right half, and only it, stays name 1."""
+    label, picture = np.repeat([[0] * 300 + [1] * 300], 1024, 0), np.zeros((1024, 600, 3), np.uint8)
+    small, drawn = shrunk(label, picture)
+    assert small.shape == drawn.shape[:2] == (512, 300) and (small[:, :150] == 0).all() and (small[:, 150:] == 1).all()
+    assert shrunk(label[:44, :60], picture[:44, :60])[1].shape == (44, 60, 3)
 
 
 def test_a_book_of_more_than_256_codes_takes_two_bytes_a_token(model):
