@@ -234,7 +234,7 @@ class PAT(SAN):
             vq.register_buffer("idle", torch.zeros(len(self.codebook(stage)), dtype=torch.int64))
 
     def quantisers(self):
-        return {**self.pixels.vq, "latent": self.latent}
+        return dict([*self.pixels.vq.items(), ("latent", self.latent)])
 
     def unified_codes(self):
         """The one codebook of the "unified" ablation, (Q,D), or None."""

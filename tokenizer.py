@@ -80,7 +80,7 @@ class Tokenizer(nn.Module):
         return tokenizer
 
     def quantisers(self):
-        return {**self.pixels.vq, **({} if self.latent is None else {"latent": self.latent})}
+        return dict([*self.pixels.vq.items(), *([] if self.latent is None else [("latent", self.latent)])])
 
     def codebook(self, stage):
         """The codes of a stage as they are used, (K,D)."""
