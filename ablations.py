@@ -11,7 +11,8 @@ The budget is the same number of images for every row, steps * batch, the same o
 It is not the same time: in the world a step of 8 scenes takes 0.16 s in SAN, 0.53 in PAT, 0.75 at scale (4,4,4) (two
 runs at a time on two cores, one thread each), 5.9 s for the 13 rows together.  STEPS = 500, 4,000 scenes a run against
 10,400 in the default run, since 500 * 3 seeds * 5.9 s / 2 + 39 * 45 s of scoring and drawing / 2 = 5,300 s: an hour and
-a half on two quiet cores, two and more beside other work.  The schedule fits itself to the steps: warm-up 100, then poly decay to 0.
+a half on two quiet cores, two and more beside other work.  The schedule fits itself to the steps: warm-up 100, then
+poly decay to 0.
 
 What is compared.  One row's change is its mean over seeds minus the default's, beside the change of the same row in the
 paper (EVA-CLIP ViT-B/16; mIoU on Pascal Context 59 and ADE20K 150 in points, rFID).  The numbers cannot be compared:

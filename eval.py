@@ -190,9 +190,11 @@ def inception_of(args, how):
 def write_run(run, model, dataset, table, images, device="cpu"):
     """All that shows a scored run: scores.txt and .json, samples.png, the pictures, and report.html that holds them.
 
-    table: `score_table`'s; images: how many of the dataset's first are searched for patches.  -> what was written
+    table: `score_table`'s; images: how many of the dataset's first are searched for patches.  -> what was written.  The
+    scores are on disk before anything is drawn: they took longest.
     """
     run, pat = Path(run), model.config.model == "pat"
+    write_scores(run / "scores", table)
     found = patches_of(model, dataset, images, device=device) if pat else {}
     drawn = run_pictures(run, model, dataset, found, device)
     meaning, checkpoint = run / "meaning.txt", run / "checkpoint.safetensors"
@@ -200,7 +202,6 @@ def write_run(run, model, dataset, table, images, device="cpu"):
     page = report(model, dataset, table, COLUMNS, {NAMES[name]: picture for name, picture in drawn.items()}, found,
                   meaning.read_text(encoding="utf-8") if current else None, device)
     make_folder(run / "pictures")
-    write_scores(run / "scores", table)
     write_files({run / "samples.png": sample_sheet(model, dataset, device=device), run / "report.html": page,
                  **{run / "pictures" / f"{name}.png": picture for name, picture in drawn.items()}})
     return (f"scores.txt, scores.json, samples.png, pictures ({', '.join(drawn)}) and report.html, which shows them all, "

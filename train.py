@@ -15,7 +15,7 @@ with 6 accumulated twice compute the same gradient.
 
 A run directory holds config.json, names.txt (what it was trained with, one a line), log.jsonl (one line a logged step),
 checkpoint.safetensors (weights, AdamW's state and the step in one file, replaced atomically, no pickle), scores.txt,
-scores.json, samples.png and pictures (gallery.py).
+scores.json, samples.png, pictures (gallery.py) and report.html, which shows them all.
 
 # paper: AdamW 1e-4, weight decay 1e-4, poly 0.9, clip 0.01, 120,000 steps of 12 images on 3 GPUs, mixed precision.
 # ours: the world's numbers; restart of dead codes there.

@@ -342,3 +342,13 @@ def test_from_the_shell_bad_input_ends_with_status_2():
     script = Path(E.__file__)
     done = subprocess.run([sys.executable, script, "no/such/run"], capture_output=True, text=True, cwd=script.parent)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_scores_are_kept_when_the_drawing_fails(runs, monkeypatch):
+    """Scoring took the hours; a picture that cannot be drawn must not take the table with it."""
+    def fail(*args, **kwargs):
+        raise InputError("log.jsonl: cannot be read")
+    monkeypatch.setattr(E, "run_pictures", fail)
+    with pytest.raises(InputError, match="log.jsonl"):
+        E.main(["pat"])
+    assert json.loads((runs / "pat/scores.json").read_text())["rows"] and not (runs / "pat/report.html").exists()
