@@ -13,11 +13,11 @@ Keys and values of every self-attention are average-pooled onto the side grid, i
 decoder stays light.  One mask head serves both supervised outputs: after the last stage, and at the end.
 
 # paper: Eq. 3, SPADE conditions per stage, DySample, cross-attention of the queries at each stage, two heads.
-# ours: pre-norm transformer blocks with two SPADEs each; spatial-reduction attention ("full" turns it off); pooling for
-#       the bias; MLP heads as SAN's; one LN before the heads.
+# ours: pre-norm transformer blocks with two SPADEs each; spatial-reduction attention; pooling for the
+#       bias; MLP heads as SAN's; one LN before the heads.
 
 Maps inside this file are (B,h,w,c), channels last: linears, norms and attention read them as they are.
-Demo: `python decoder.py` up-samples a disc with DySample.  Tests: tests/test_decoder.py.  Read next: checkpoint.py.
+Demo: `python decoder.py` up-samples a disc with DySample.  Tests: tests/test_decoder.py.  Read next: pat.py.
 """
 
 import math
@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from images import InputError
+from cli import InputError
 from hsattn import Attn
-from san import MaskHead, Mlp
+from san import FeedForward, MaskHead
 
 
 def log2(n, what):
@@ -110,7 +110,7 @@ class DecoderBlock(nn.Module):
     def __init__(self, width, heads, spade_hidden=0):
         super().__init__()
         norm = (lambda: SPADE(width, spade_hidden)) if spade_hidden else (lambda: PlainNorm(width))
-        self.norm1, self.attn, self.norm2, self.mlp = norm(), PooledSelfAttn(width, heads), norm(), Mlp(width)
+        self.norm1, self.attn, self.norm2, self.mlp = norm(), PooledSelfAttn(width, heads), norm(), FeedForward(width)
 
     def forward(self, y, pool, c=None):
         """(B,h,w,c) -> (B,h,w,c)"""
@@ -124,7 +124,7 @@ class CrossAttn(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.attn, self.norm1 = Attn(width, heads), nn.LayerNorm(width)
-        self.mlp, self.norm2 = Mlp(width), nn.LayerNorm(width)
+        self.mlp, self.norm2 = FeedForward(width), nn.LayerNorm(width)
 
     def forward(self, q, y):
         """q (B,Q,c), y (B,h,w,c) -> (B,Q,c)"""
@@ -142,9 +142,9 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, *, code_dim, query_width, width, heads, spade_hidden, scales, patch, clip_heads,
-                 stages=None, tasks=("masks", "pixels"), full_attention=False):
+                 stages=None, tasks=("masks", "pixels")):
         super().__init__()
-        self.scales, self.code_dim, self.full = dict(scales), code_dim, full_attention
+        self.scales, self.code_dim = dict(scales), code_dim
         self.order = list(scales)[::-1]                       # up from the side grid: late, mid, early
         self.stages = [s for s in self.order if stages is None or s in stages]
         self.lift = nn.ModuleDict({s: nn.Linear(code_dim, width) for s in ["latent", *self.stages]})      # W_post
@@ -174,23 +174,19 @@ class Decoder(nn.Module):
             y = on_map(self.up[stage], y)                                                 # (B,h,w,c) of this stage
             if stage in self.spade:
                 c = zq.get(stage, y.new_zeros(1, self.code_dim, *y.shape[1:3])).permute(0, 2, 3, 1)       # (B,h,w,D)
-                y = self.spade[stage](y, self.pool(y, g), self.lift[stage](c))
+                y = self.spade[stage](y, y.shape[1] // g[0], self.lift[stage](c))
                 if self.head:
                     q = self.cross[stage](q, y)
         if self.head and self.training:
             self.predict(q, self.norm(y), g, out)
         for block in self.plain:
-            y = block(y, self.pool(y, g))
+            y = block(y, y.shape[1] // g[0])
         y = self.norm(y)
         if self.head:
             self.predict(q, y, g, out)
         if self.pixel_head:
             out["image"] = self.pixel_head(y.permute(0, 3, 1, 2))                         # (B,3,H,W)
         return out
-
-    def pool(self, y, g):
-        """By how much keys and values are pooled: down to the side grid, or not at all."""
-        return 1 if self.full else y.shape[1] // g[0]
 
     def predict(self, q, y, g, out):
         masks, bias = self.head(q, y, on_map(lambda x: F.avg_pool2d(x, y.shape[1] // g[0]), y))

@@ -1,105 +1,355 @@
-"""Scores and pictures of a trained run: how well it names pixels, repaints the image and uses its codebooks.
+"""What the names are worth: one matrix over the whole set, two rules for its mean, the worth of a repainted image.
 
-    python eval.py runs/pat --compare runs/san        one table over the test set, and report.html
-    python eval.py runs/pat --data DIR                the same over a folder with images/, labels/ and classes.txt
-    python eval.py runs/pat --dataset all --data DIR  the six published datasets, as far as their archives are in DIR
-    python eval.py runs/pat --data DIR --rfid FILE    the reconstructions' rFID too, see metrics.load_inception
-    python eval.py runs/pat --image photo.jpg --labels "red star, grass, something else" --out out.png
-    torchrun --nproc_per_node=2 eval.py ...           the same scores, from as many processes
+    python eval.py RUN [--compare RUN ...]         one table over the run's test images
+    python eval.py RUN --data DIR                  the same over a folder with images/, labels/ and classes.txt
+    (pictures, report.html: studies/report.py; published sets, many processes, hours, rFID: studies/benchmark.py)
 
-How a picture becomes names is inference.py, what the names are worth metrics.py, how a long pass is cut into pieces
-tally.py; here are the tables and the commands.  A command that was stopped goes on when it is given again; finished, it
-starts anew.  All scores are fractions 0..1, in the tables and in the JSON; PSNR is in dB.
+One integer matrix, (L+1,L+1), row = said, column = true; the last row holds unnamed pixels (wrong wherever there is a
+true name), the last column ignored ones (dropped from every sum).  With G = true pixels, P = said pixels, T = both:
+IoU = T/(G+P-T).  Two rules for the mean are in circulation:
 
-"seen" names are, letter by letter, among those the run was trained with (RUN/names.txt, or COCO-Stuff's 171 where a run
-has none); a score file says by which list, and holds the checksums of the names it used and of the labels' source.
+    mIoU             mean over the names with G > 0            today's detectron2; what we mean by mIoU
+    mIoU_old_rule    the same sum divided by the names with G+P > 0: one stray pixel of an absent name counts as a zero
 
-Tests: tests/test_eval.py.  Read next: train.py.
+Worked: G = (4,6,0), T = (4,2,0), P = (6,3,1) -> IoU = (4/6, 2/7, 0/1): new (.667+.286)/2 = .476, old .../3 = .317.
+All scores are fractions 0..1, in the tables and in the JSON; PSNR is in dB.  Perplexity counts codes.
+
+"seen" names are, letter by letter, among those the run was trained with; a score file says by which list, and holds
+the checksums of the names it used and of the labels' source.
+
+# paper: mIoU as SAN evaluates it.
+# ours: PSNR, SSIM, L1 and LPIPS of the reconstruction, each averaged over images; chance in closed form; foreground
+#       accuracy (object or stuff?) in the world.
+
+Tests: tests/test_eval.py.  Read next: tokenizer.py.  L names; n images; K codes of a stage.
 """
 
 import argparse
-import dataclasses
 import json
+import math
 import os
 import sys
-from contextlib import contextmanager
-from datetime import timedelta
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from PIL import Image
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
-from clip import VLM, open_model
-from data import open_dataset, test_set
-from gallery import NAMES, run_pictures
-from images import InputError, checksum, palette, parse_flags, parse_names, read_image, run_cli, write_files
-from inference import segment_photo
-from losses import VGG
-from metrics import INCEPTION, chance, load_inception
-from pat import load_run
-from patches import PATCH_IMAGES, patches_of
-from pictures import legend, overlay, resize, sample_sheet, to_image, token_map
-from published import COUNTS, NotFound
-from report import report
-from tally import Pass, evaluate, evaluate_dense, forget, make_folder
-from vocabulary import DATASETS, load_vocabulary, read_classes
+from clip import load_vlm
+from cli import InputError, check_device, parse_flags, run_cli, tensors_checksum, write_files
+from data import names_checksum, read_classes, to_unit
+from losses import perceptual
+from predict import DenseCLIP, segment, unpad
+from runs import flat, load_run
+from vq import codebook_health
 
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-COLUMNS = {"mIoU": "mIoU", "mIoU_old_rule": "old rule", "mIoU_seen": "seen", "mIoU_unseen": "unseen",
-           "mIoU_stuff": "stuff", "foreground_accuracy": "fg/bg", "pixel_accuracy": "pixel acc",
-           "mean_accuracy": "mean acc", "fwIoU": "fwIoU",
-           "PSNR": "PSNR dB", "SSIM": "SSIM", "L1": "L1", "LPIPS": "LPIPS", "rFID": "rFID"}
-RFID_IMAGES = 10_000                                          # what FID's authors recommend at the least
+METRICS = {                                # key of a row -> title, decimals: whoever prints a score asks here
+    "mIoU": ("mIoU", 3), "mIoU_old_rule": ("old rule", 3), "mIoU_seen": ("seen", 3), "mIoU_unseen": ("unseen", 3),
+    "mIoU_stuff": ("stuff", 3), "foreground_accuracy": ("fg/bg", 3), "pixel_accuracy": ("pixel acc", 3),
+    "mean_accuracy": ("mean acc", 3), "fwIoU": ("fwIoU", 3), "PSNR": ("PSNR dB", 2), "SSIM": ("SSIM", 3), "L1": ("L1", 3),
+    "LPIPS": ("LPIPS", 3), "rFID": ("rFID", 2)}
+PAINTED = ("PSNR", "SSIM", "L1", "LPIPS")
 RULES = ("mIoU: the mean IoU of the names with ground truth (detectron2 since July 2022).  old rule (its release 0.6): "
          "the same sum, but names without ground truth that were predicted are counted, as zeros.")
 
 
+# --- named pixels ---------------------------------------------------------------------------------------------------
+
+
+def confusion(prediction, label, L):
+    """prediction, label (H,W) int64, -1 = unnamed / ignored -> (L+1,L+1) int64, row = said, column = true.
+
+    The last row and column stand for -1.  Matrices of different images add up.  Raises InputError for an id beyond L.
+    """
+    if prediction.shape != label.shape:
+        raise InputError(f"the prediction is {tuple(prediction.shape)} but its label {tuple(label.shape)}")
+    top = max(int(prediction.max()), int(label.max()))
+    if top >= L:
+        raise InputError(f"pixel id {top} but only {L} names (0..{L - 1}); are names and labels of one data set?")
+    said, true = prediction.flatten() % (L + 1), label.flatten() % (L + 1)                    # -1 becomes L
+    return torch.bincount(said * (L + 1) + true, minlength=(L + 1) ** 2).view(L + 1, L + 1)
+
+
+def number(x):
+    """A float for JSON: None where there was nothing to average."""
+    return float(x) if math.isfinite(x) else None
+
+
+def scores(matrix, groups):
+    """matrix (L+1,L+1) of `confusion`, groups {name: ids} -> dict of fractions; None = nothing to average.
+
+    Besides: IoU, a list of L with None for names without ground truth; pixels, the ground truth's pixels per name;
+    absent, how many names have none, and absent_predicted, how many of these were said: if any, the two rules differ.
+    """
+    m = matrix.double()[:, :-1]                                                               # ignored pixels go
+    true, said, correct = m.sum(0), m[:-1].sum(1), m.diagonal()                               # (L) each: G, P, T
+    present, touched = true > 0, true + said > 0
+    iou = (correct / (true + said - correct)).nan_to_num(0)
+    result = {"mIoU": number(iou.sum() / present.sum()), "mIoU_old_rule": number(iou.sum() / touched.sum()),
+              "absent": int((~present).sum()), "absent_predicted": int((touched & ~present).sum()),
+              "pixel_accuracy": number(correct.sum() / true.sum()),
+              "mean_accuracy": number((correct / true)[present].mean()),
+              "fwIoU": number((iou * true).sum() / true.sum())}
+    for group, ids in groups.items():
+        chosen = torch.zeros_like(present)
+        chosen[list(ids)] = True
+        result[f"mIoU_{group}"] = number(iou[chosen & present].mean())
+        if group == "stuff":                                  # right if object is called object, and stuff stuff
+            same = m[:-1][chosen][:, chosen].sum() + m[:-1][~chosen][:, ~chosen].sum()
+            result["foreground_accuracy"] = number(same / true.sum())
+    result["IoU"] = [value if here else None for value, here in zip(iou.tolist(), present.tolist())]
+    result["pixels"] = true.round().long().tolist()
+    return result
+
+
+def chance(pixels, groups):
+    """The scores of a guess uniform over the L names, in closed form: each true pixel is spread evenly over the rows.
+
+    pixels (L): ground truth per name.  So IoU_l = (G_l/L) / (G_l + N/L - G_l/L), N pixels in all.
+    """
+    L = len(pixels)
+    matrix = torch.zeros(L + 1, L + 1, dtype=torch.float64)
+    matrix[:L, :L] = torch.tensor(pixels, dtype=torch.float64) / L
+    return scores(matrix, groups)
+
+
+# --- repainted pixels, and codebooks --------------------------------------------------------------------------------
+
+
+def psnr(image, target):
+    """Peak signal-to-noise ratio in dB of two (3,h,w) in [0,1]; 100 for equal images, where it would be infinite."""
+    return -10 * (image.double() - target.double()).square().mean().clamp(min=1e-10).log10().item()
+
+
+def ssim(image, target):
+    """Structural similarity of two (3,h,w) in [0,1], mean over channels and positions; NaN if a side is under 11.
+
+    Wang et al. 2004: Gaussian window 11x11 of sigma 1.5, only where it fits, K1 = .01, K2 = .03; 1 = equal.
+    """
+    if min(image.shape[-2:]) < 11:
+        return float("nan")
+    window = torch.exp(-(torch.arange(11, dtype=torch.float64, device=image.device) - 5) ** 2 / (2 * 1.5**2))
+    window = (window / window.sum()).view(1, 1, 11, 1)
+
+    def blur(x):                                              # (3,h,w) -> (3,1,h-10,w-10); the window is separable
+        return F.conv2d(F.conv2d(x[:, None], window), window.mT)
+
+    a, b = image.double(), target.double()
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    top = (2 * mean_a * mean_b + 0.01**2) * (2 * cov + 0.03**2)
+    return (top / ((mean_a**2 + mean_b**2 + 0.01**2) * (var_a + var_b + 0.03**2))).mean().item()
+
+
+@torch.no_grad()
+def reconstruction_scores(image, target, metric=None):
+    """image, target (3,h,w) in [0,1] -> dict PSNR (dB), SSIM, L1, LPIPS (None without `metric`)."""
+    distance = None if metric is None else metric(image[None], target[None], normalize=True).item()       # to [-1,1]
+    return {"PSNR": psnr(image, target), "SSIM": ssim(image, target), "L1": (image - target).abs().mean().item(),
+            "LPIPS": distance}
+
+
+def count_tokens(extras, model):
+    """What `segment` saw -> {stage: (K+1,) int64 on the CPU}: uses of each code, and indices that survive bf16."""
+    result = {}
+    for stage, tokens in extras["tokens"].items():
+        index, x = (unpad(t[0], extras["crop"], extras["padded"]) for t in (tokens.index, tokens.x))  # (a,b), (D,a,b)
+        counts = torch.bincount(index.flatten(), minlength=len(model.codebook(stage)))
+        health = codebook_health(counts, model.codebook(stage), x.flatten(1).T, model.quantisers()[stage].choose)
+        result[stage] = torch.tensor([*counts.tolist(), round(health["bf16"] * index.numel())])
+    return result
+
+
+def codebook_scores(counted, model):
+    """{stage: dict codes, perplexity, share_used, cosine, bf16} of the sum of `count_tokens` over images."""
+    result = {}
+    for stage, counts in counted.items():
+        counts, stable = counts[:-1], int(counts[-1])
+        health = codebook_health(counts, model.codebook(stage).cpu())
+        result[stage] = {"codes": len(counts), "perplexity": number(health["perplexity"]),
+                         "share_used": int((counts > 0).sum()) / len(counts), "cosine": number(health["cosine"]),
+                         "bf16": number(stable / int(counts.sum()))}
+    return result
+
+
+def mean(values):
+    """Mean of the numbers in a list, leaving out None and NaN; None if nothing is left."""
+    values = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(values) / len(values) if values else None
+
+
+# --- a pass over a dataset ------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """What adds up over the images of one process."""
+
+    def __init__(self, n, L, codebooks, features=0):
+        """n images, L names; codebooks {stage: K}, empty for a model that repaints nothing; F for rFID, else 0."""
+        self.done = 0                                         # images of this process
+        self.tensors = {"matrix": torch.zeros(L + 1, L + 1, dtype=torch.int64),
+                        "painted": torch.zeros(n, len(PAINTED), dtype=torch.float64),
+                        **{f"codes.{stage}": torch.zeros(K + 1, dtype=torch.int64) for stage, K in codebooks.items()}}
+        if features:
+            self.tensors["rfid.sums"] = torch.zeros(2, features, dtype=torch.float64)
+            self.tensors["rfid.products"] = torch.zeros(2, features, features, dtype=torch.float64)
+
+    def add(self, i, matrix, painted, codes, features):
+        """Image i: its confusion matrix, reconstruction_scores or None, {stage: counts}, features (2,F) or None."""
+        self.tensors["matrix"] += matrix
+        for stage, counts in codes.items():
+            self.tensors[f"codes.{stage}"] += counts
+        if painted is not None:                               # NaN: not measured
+            self.tensors["painted"][i] = torch.tensor([float("nan") if painted[key] is None else painted[key]
+                                                       for key in PAINTED], dtype=torch.float64)
+        if features is not None:                              # of the original and of the repainted image
+            self.tensors["rfid.sums"] += features
+            self.tensors["rfid.products"].baddbmm_(features[:, :, None], features[:, None])
+        self.done += 1
+
+    def codes(self):
+        """{stage: counts}"""
+        return {key.removeprefix("codes."): value for key, value in self.tensors.items() if key.startswith("codes.")}
+
+
+def image_and_label(sample):
+    """What a worker sends: the original picture stays behind."""
+    return sample["image"], sample["label"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a dataset is gone through: here from its first image to its last; studies/benchmark.py knows a longer way."""
+
+    images: int | None = None          # only the first ones; None: all
+    workers: int = 0                   # processes that read images
+    title: str = "scoring"             # of the progress bar
+    progress: bool = True
+
+    def sweep(self, predict, dataset, tally, ids):
+        """Every image of `ids` through `predict`: image (3,h,w), size -> prediction (H,W), then what Tally.add takes."""
+        loader = DataLoader(Subset(dataset, ids), None, collate_fn=image_and_label, num_workers=self.workers)
+        bar = tqdm(loader, self.title, tally.done + len(ids), initial=tally.done, unit="image", disable=not self.progress)
+        for (image, label), i in zip(bar, ids):
+            prediction, *shown = predict(image, label.shape)
+            tally.add(i, confusion(prediction, label, len(tally.tensors["matrix"]) - 1), *shown)
+            yield tally
+
+    def run(self, predict, dataset, tally, whose):
+        """The whole pass -> Tally.  `whose`: a function that gives what identifies the pass, for those who keep it."""
+        for _ in self.sweep(predict, dataset, tally, range(len(tally.tensors["painted"]))):
+            pass
+        return tally
+
+
+@torch.no_grad()
+def evaluate(model, dataset, names=None, device="cpu", how=Pass(), inception=None):
+    """One row of a table: the model over a dataset, one image at a time, fp32; with a studies.rfid.Inception, rFID too.
+
+    -> dict: images, segmentation (see `scores`), reconstruction (means over images) and codebooks (see there); the last
+    two are None and {} for a model that neither repaints nor quantises.
+    """
+    names, was_training, stages = names or dataset.names, model.training, model.stages
+    model.eval().to(device)
+    text = model.vlm.embed_text(names)
+
+    def predict(image, size):
+        prediction, extras = segment(model, image, text, size)
+        if not extras:
+            return prediction, None, {}, None
+        original, repainted = to_unit(image).to(device), extras["image"]
+        painted = reconstruction_scores(repainted, original, perceptual(device))
+        features = inception and torch.stack([inception(original), inception(repainted)])     # (2,F)
+        return prediction, painted, count_tokens(extras, model), features
+
+    def whose():
+        settings = {**flat(model.config), "pretrained": ""}   # the weights say what they are, not where they lie
+        return {"checkpoint": tensors_checksum(model.state_dict()), "settings": json.dumps(settings),
+                "names": names_checksum(names), "rFID": str(inception is not None)}
+
+    n = min(how.images or len(dataset), len(dataset))
+    features = inception.size if inception and stages else 0
+    tally = Tally(n, len(names), {stage: len(model.codebook(stage)) for stage in stages}, features)
+    tally = how.run(predict, dataset, tally, whose)
+    model.train(was_training)
+    painted = {key: mean(column.tolist()) for key, column in zip(PAINTED, tally.tensors["painted"].T)}
+    painted["rFID"] = inception.distance(n, tally.tensors["rfid.sums"], tally.tensors["rfid.products"]) if features else None
+    return {"images": n, "segmentation": scores(tally.tensors["matrix"], dataset.groups),
+            "reconstruction": painted if stages else None, "codebooks": codebook_scores(tally.codes(), model)}
+
+
+def evaluate_dense(vlm, stride, dataset, names=None, device="cpu", how=Pass()):
+    """The MaskCLIP (dense) row, for an untrained `vlm`; the same images, sizes and rules as `evaluate`."""
+    names = names or dataset.names
+    text, model = vlm.eval().to(device).embed_text(names), DenseCLIP(vlm, stride)
+
+    def predict(image, size):
+        return *segment(model, image, text, size)[:1], None, {}, None
+
+    def whose():
+        settings = f"MaskCLIP {vlm.scale} {stride}"
+        return {"checkpoint": tensors_checksum(vlm.state_dict()), "settings": settings, "names": names_checksum(names)}
+
+    tally = how.run(predict, dataset, Tally(min(how.images or len(dataset), len(dataset)), len(names), {}), whose)
+    return {"images": len(tally.tensors["painted"]), "segmentation": scores(tally.tensors["matrix"], dataset.groups),
+            "reconstruction": None, "codebooks": {}}
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def cell(key, values):
+    """A score as text: a dash: not applicable, "n/m": not measured, "same": both rules agree."""
+    if key not in values:
+        return "-"
+    if key == "mIoU_old_rule" and not values["absent_predicted"]:
+        return "same"
+    return "n/m" if values[key] is None else f"{values[key]:.{METRICS[key][1]}f}"
+
+
+def cells(rows):
+    """Rows of `evaluate` by label -> titles of the columns in use, and {label: one text a column}."""
+    values = {label: {**row["segmentation"], **(row["reconstruction"] or {})} for label, row in rows.items()}
+    keys = [key for key in METRICS if any(key in scores for scores in values.values())]
+    return [METRICS[key][0] for key in keys], {label: [cell(key, scores) for key in keys]
+                                               for label, scores in values.items()}
+
+
 def format_rows(rows):
-    """Rows of `evaluate` by label -> lines; a dash: not applicable, "n/m": not measured, "same": both rules agree."""
-    width = max(map(len, rows))
-    columns = {key: title for key, title in COLUMNS.items()
-               if any(key in row["segmentation"] or key in (row["reconstruction"] or {}) for row in rows.values())}
-    lines = [" ".join([" " * width] + [f"{title:>8}" for title in columns.values()])]
-    for label, row in rows.items():
-        values = {**row["segmentation"], **(row["reconstruction"] or {})}
-        cells = {key: "-" if key not in values else "n/m" if values[key] is None else
-                 f"{values[key]:.2f}" if key in ("PSNR", "rFID") else f"{values[key]:.3f}" for key in columns}
-        if not values["absent_predicted"]:
-            cells["mIoU_old_rule"] = "same"
-        lines.append(" ".join([f"{label:{width}}"] + [f"{cells[key]:>{max(8, len(columns[key]))}}" for key in columns]))
-    return lines
+    """Rows of `evaluate` by label -> lines of text."""
+    width, (titles, texts) = max(map(len, rows)), cells(rows)
+    lines = [" ".join([" " * width] + [f"{title:>8}" for title in titles])]
+    return lines + [" ".join([f"{label:{width}}"] + [f"{text:>{max(8, len(title))}}" for title, text in zip(titles, row)])
+                    for label, row in texts.items()]
 
 
-def rfid_lines(rows):
-    """Why rFID is not measured, or of how many images it is and what that means; [] where nothing was repainted."""
-    images = {row["images"]: row["reconstruction"]["rFID"] for row in rows.values() if row["reconstruction"]}
-    if not images:
-        return []
-    if None in images.values():
-        return [f"rFID n/m: not measured; it takes --rfid {INCEPTION}, the package of requirements-rfid.txt and at "
-                "least two images."]
-    n = min(images)
-    worth = f"rFID: {n} images against their reconstructions, at the size the network gets them."
-    if n < RFID_IMAGES:
-        worth += f"  Fewer than {RFID_IMAGES:,}: it comes out too high; compare it only with rFID of as many images."
-    if n <= 2048:
-        worth += "  No more than its 2,048 features: the covariances are singular."
-    return [worth]
+def codebook_cells(book):
+    """A codebook's scores as {title: text}."""
+    return {"codes": f"{book['codes']}", "perplexity": f"{book['perplexity']:.1f}", "share used": f"{book['share_used']:.3f}",
+            "mean cosine": "-" if book["cosine"] is None else f"{book['cosine']:.3f}",
+            "unchanged by bf16": f"{book['bf16']:.4f}"}
+
+
+def rfid_missing(rows):
+    """What rFID takes, where a row repaints and has none."""
+    if any(row["reconstruction"] and row["reconstruction"]["rFID"] is None for row in rows.values()):
+        return ["rFID n/m: not measured; it takes python -m studies.benchmark --rfid WEIGHTS and at least two images."]
+    return []
 
 
 def format_codebooks(rows):
-    """What PAT's codebooks did, a line per row and stage, and why LPIPS is missing where it is."""
+    """What the codebooks did, a line per row and stage, and why LPIPS is missing where it is."""
     lines = []
-    if any((row["reconstruction"] or {}).get("LPIPS", 0) is None for row in rows.values()):
-        lines.append(f"LPIPS n/m: not measured, its backbone {VGG} is not in the torch hub cache.")
+    if any(row["reconstruction"] and row["reconstruction"]["LPIPS"] is None for row in rows.values()):
+        lines.append(f"LPIPS n/m: not measured, its backbone vgg16-397923af.pth is not in the torch hub cache.")
     for label, row in rows.items():
-        for stage, code in row["codebooks"].items():
-            cosine = "-" if code["cosine"] is None else f"{code['cosine']:.3f}"
-            lines.append(f"{label}: {stage:6} codebook of {code['codes']:4}: perplexity {code['perplexity']:6.1f}, "
-                         f"used {code['share_used']:.3f}, mean cosine {cosine}, unchanged by bf16 {code['bf16']:.4f}")
+        for stage, book in row["codebooks"].items():
+            text = codebook_cells(book)
+            lines.append(f"{label}: {stage:6} codebook of {text['codes']:>4}: perplexity {text['perplexity']:>6}, "
+                         f"used {text['share used']}, mean cosine {text['mean cosine']}, unchanged by bf16 "
+                         f"{text['unchanged by bf16']}")
     return lines
 
 
@@ -118,34 +368,17 @@ def absences(rows):
 def format_table(table):
     """The table of `score_table` as text."""
     lines = [f"{table['data']}: {table['images']} images, {len(table['names'])} names.  Fractions 0..1; PSNR in dB."]
-    for part in (format_rows, rfid_lines, format_codebooks, absences):
+    for part in (format_rows, rfid_missing, format_codebooks, absences):
         lines += part(table["rows"])
     return "\n".join(lines + table["notes"]) + "\n"
 
 
-def format_published(tables, missing):
-    """{dataset: table of `published_table`} and {dataset: what it needs} as one text."""
-    rows = {name: next(iter(table["rows"].values())) for name, table in tables.items()}
-    first = next(iter(tables.values()))
-    head, *body = format_rows(rows)
-    lines = [f"{next(iter(first['rows']))} on the published datasets in {first['data']}.  Fractions 0..1; PSNR in dB.",
-             f"{head}      images  names             labels"]
-    for line, table in zip(body, tables.values()):
-        counts = f"{table['images']}/{table['published_images']}"
-        names = table["checksum"] + ("" if table["names_file"] is None else f" (--names {table['names_file']})")
-        lines.append(f"{line} {counts:>11}  {names:16}  {table['route']}")
-    lines += [f"{name}: not there: {needs}" for name, needs in missing.items()]
-    lines += rfid_lines(rows) + absences(rows)
-    lines += dict.fromkeys(note for table in tables.values() for note in table["notes"])
-    return "\n".join(lines) + "\n"
-
-
-def table_of(model, dataset, data, rows, notes, names_file=None):
-    """What every score file holds besides its rows: which data, which names, which model."""
+def table_of(run, dataset, data, rows, notes, names_file=None):
+    """What every score file holds besides its rows: which data, which names, which model (a RunConfig)."""
     return {"data": str(data), "images": next(iter(rows.values()))["images"], "route": dataset.route,
             "checksum": dataset.checksum, "names_file": names_file, "names": list(dataset.names),
             "groups": {key: list(ids) for key, ids in dataset.groups.items()}, "torch": torch.__version__,
-            "config": dataclasses.asdict(model.config), "rows": rows, "notes": notes}
+            "config": flat(run), "rows": rows, "notes": notes}
 
 
 def write_scores(path_stem, table):
@@ -154,266 +387,94 @@ def write_scores(path_stem, table):
     write_files({f"{path_stem}.txt": format_table(table), f"{path_stem}.json": text})
 
 
-# --- the world, or a folder of your own -----------------------------------------------------------------------------
-
-
 def score_table(runs, device="cpu", how=Pass(), data="the world's test scenes", names_file=None, inception=None):
-    """The whole table: one row per run, then MaskCLIP-style, then chance.
+    """The whole table: one row per run, then MaskCLIP (dense), then chance.
 
-    runs {label: (model, dataset)}: the first is the run in question, and the same pixels must be behind all.
+    runs {label: (model, RunConfig, dataset)}: the first is the run in question, and the same pixels must be behind all.
     The MaskCLIP row uses the first run's VLM as it was before training, which tunes its position embedding.
     """
-    model, dataset = next(iter(runs.values()))
-    rows = {label: evaluate(m, d, device=device, how=how._replace(title=f"{how.title}-{k}"), inception=inception)
-            for k, (label, (m, d)) in enumerate(runs.items())}
-    first, notes = next(iter(rows.values())), []
+    model, run, dataset = next(iter(runs.values()))
+    rows = {label: evaluate(m, d, device=device, how=replace(how, title=f"{how.title}-{k}"), inception=inception)
+            for k, (label, (m, _, d)) in enumerate(runs.items())}
+    first, notes, clip = next(iter(rows.values())), [], model.config.clip
     try:
-        c = model.config
-        vlm = VLM(*open_model(c.vlm, c.pretrained), scale=c.clip_scale, depths=c.depths)
+        vlm = load_vlm(clip.vlm, clip.pretrained, scale=clip.clip_scale, depths=clip.depths)
         rows["MaskCLIP, no training"] = evaluate_dense(vlm, model.stride, dataset, None, device,
-                                                       how._replace(title=f"{how.title}-maskclip"))
+                                                       replace(how, title=f"{how.title}-maskclip"))
     except InputError as error:
         notes.append(f"MaskCLIP row not measured: {error}")
     guess = chance(first["segmentation"]["pixels"], dataset.groups)
     rows["chance"] = {"images": first["images"], "segmentation": guess, "reconstruction": None, "codebooks": {}}
-    return table_of(model, dataset, data, rows, notes, names_file)
+    return table_of(run, dataset, data, rows, notes, names_file)
 
 
-def inception_of(args, how):
-    """What --rfid asks for, or None without it; without its package too, which is said now, not hours later."""
-    inception = args.rfid and load_inception(args.rfid, args.device)
-    if args.rfid and inception is None and how.rank == 0:
-        print("rFID will not be measured: pip install -r requirements-rfid.txt", file=sys.stderr)
-    return inception
+def label_of(model, path):
+    return f"{type(model).__name__} {path}"
 
 
-def write_run(run, model, dataset, table, images, device="cpu"):
-    """All that shows a scored run: scores.txt and .json, samples.png, the pictures, and report.html that holds them.
-
-    table: `score_table`'s; images: how many of the dataset's first are searched for patches.  -> what was written.  The
-    scores are on disk before anything is drawn: they took longest.
-    """
-    run, pat = Path(run), model.config.model == "pat"
-    write_scores(run / "scores", table)
-    found = patches_of(model, dataset, images, device=device) if pat else {}
-    drawn = run_pictures(run, model, dataset, found, device)
-    meaning, checkpoint = run / "meaning.txt", run / "checkpoint.safetensors"
-    current = meaning.is_file() and meaning.stat().st_mtime >= checkpoint.stat().st_mtime     # of these weights
-    page = report(model, dataset, table, COLUMNS, {NAMES[name]: picture for name, picture in drawn.items()}, found,
-                  meaning.read_text(encoding="utf-8") if current else None, device)
-    make_folder(run / "pictures")
-    write_files({run / "samples.png": sample_sheet(model, dataset, device=device), run / "report.html": page,
-                 **{run / "pictures" / f"{name}.png": picture for name, picture in drawn.items()}})
-    return (f"scores.txt, scores.json, samples.png, pictures ({', '.join(drawn)}) and report.html, which shows them all, "
-            f"in {run}")
+# --- the command ----------------------------------------------------------------------------------------------------
 
 
-def score_command(args, how):
-    """`eval.py RUN [--compare RUN ...]`: print the table, write it, the pictures and report.html into RUN."""
+def open_runs(args):
+    """{label: (model, RunConfig, dataset)} of args.run and args.compare, on the images that the flags say."""
+    from published.images_of import val_set                  # where files are asked for
+
     runs, names = {}, read_classes(Path(args.names)) if args.names else None
     for path in [args.run, *args.compare]:
         model, config = load_run(path, args.device)
-        label = f"{config.model.upper()} {path}"
-        if label in runs:
+        if label_of(model, path) in runs:
             raise InputError(f"{path} is named twice")
         ignore = 255 if args.ignore is None else args.ignore
-        runs[label] = model, test_set(config, args.data, ignore, args.images, names)
-    tail = f"-first-{args.images}" if args.images else ""
-    how = how._replace(title=("world" if args.data is None else "folder") + tail)
-    inception = inception_of(args, how)
-    table = score_table(runs, args.device, how, args.data or "the world's test scenes", args.names, inception)
-    if how.rank > 0:
-        return
-    model, dataset = next(iter(runs.values()))
-    written = write_run(args.run, model, dataset, table, min(args.images or PATCH_IMAGES, PATCH_IMAGES), args.device)
-    for row in (*range(len(runs)), "maskclip"):
-        forget(how.folder, f"{how.title}-{row}")
-    print(format_table(table), end="")
-    print(f"written: {written}")
+        runs[label_of(model, path)] = model, config, val_set(config, args.data, ignore, args.images, names)
+    return runs
 
 
-# --- the published datasets -----------------------------------------------------------------------------------------
+def where_of(args):
+    """What is scored, in words."""
+    return args.data or "the world's test scenes"
 
 
-def training_names(run):
-    """(names, where they are from) of what a run was trained with: its names.txt, or COCO-Stuff's 171."""
-    path = Path(run) / "names.txt"
-    if path.is_file():
-        names = read_classes(path)
-        return names, f"the {len(names)} names of {path} ({checksum(names)})"
-    names = load_vocabulary("coco-stuff").names
-    return names, f"COCO-Stuff's {len(names)} ({path.parent} does not say which names it was trained with)"
-
-
-def open_published(args, config, training):
-    """({name: dataset}, {name: what it needs}) of the datasets asked for.
-
-    Raises InputError where one that was asked for by name, or every one, is not there, and where one is broken.
-    """
-    every = "all" in args.dataset
-    if args.names and (every or len(args.dataset) > 1):
-        raise InputError("--names replaces the names of one dataset: give one --dataset with it")
-    names = read_classes(Path(args.names)) if args.names else None
-    found, missing = {}, {}
-    for name in DATASETS if every else dict.fromkeys(args.dataset):
-        try:
-            found[name] = open_dataset(name, args.data, short_side=config.short_side, long_side=config.long_side,
-                                       names=names, training=training)
-        except NotFound as error:
-            if not every:
-                raise
-            missing[name] = error.missing
-    if not found:
-        raise InputError(f"{args.data}: none of the published datasets is there; python data.py check {args.data} says "
-                         "what each needs")
-    return found, missing
-
-
-def published_table(label, model, dataset, row, args, origin):
-    """The table of one published dataset; see `table_of`."""
-    c, name = model.config, dataset.name
-    notes = [f"seen: names that are, letter by letter, among {origin}.  unseen: the others."]
-    if (c.short_side, c.long_side) != (640, 2560):
-        notes.append(f"Images: short side {c.short_side}, long side at most {c.long_side}; the benchmarks': 640, 2560.")
-    return {**table_of(model, dataset, args.data, {label: row}, notes, args.names), "dataset": name,
-            "published_images": COUNTS[name]["val"], "published_checksum": load_vocabulary(name).checksum,
-            "where": dataset.found.where, "training_names": origin}
-
-
-def published_command(args, how):
-    """`eval.py RUN --dataset all --data DIR`: a row per dataset, printed, and written into RUN/scores as it is done.
-
-    NAME.txt and NAME.json hold one, published.txt all of `--dataset all`; with --images N, names end in -first-N.
-    """
-    model, config = load_run(args.run, args.device)
-    training, origin = training_names(args.run)
-    found, missing = open_published(args, config, training)
-    inception = inception_of(args, how)
-    label, tail, tables = f"{config.model.upper()} {args.run}", f"-first-{args.images}" if args.images else "", {}
-    for name, dataset in found.items():
-        row = evaluate(model, dataset, device=args.device, how=how._replace(title=name + tail), inception=inception)
-        tables[name] = published_table(label, model, dataset, row, args, origin)
-        if how.rank == 0:
-            text = json.dumps(tables[name], indent=1, allow_nan=False)
-            alone = format_published({name: tables[name]}, {}) + "\n".join(format_codebooks({name: row})) + "\n"
-            write_files({how.folder / f"{name}{tail}.json": text, how.folder / f"{name}{tail}.txt": alone})
-    if how.rank > 0:
-        return
-    text, files = format_published(tables, missing), [f"{name}{tail}.json and .txt" for name in tables]
-    if "all" in args.dataset:
-        write_files({how.folder / f"published{tail}.txt": text})
-        files.append(f"published{tail}.txt")
-    for name in tables:                                       # only now: stopped before, nothing is scored twice
-        forget(how.folder, name + tail)
-    print(text, end="")
-    print(f"written: {', '.join(files)} in {how.folder}")
-
-
-# --- any picture ----------------------------------------------------------------------------------------------------
-
-
-def photo_command(args, how):
-    """`eval.py RUN --image FILE --labels "a, b" --out OUT`: any picture, any words, drawn at its own size."""
-    out = Path(args.out)
-    if how.processes > 1:
-        raise InputError("--image segments one picture, on one process: leave torchrun out")
-    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE or not out.parent.is_dir():
-        raise InputError(f"--out {out}: needs an existing folder and a picture's ending, such as out.png")
-    names, picture = parse_names(args.labels), read_image(args.image)                         # (H,W,3) uint8
-    model, _ = load_run(args.run, args.device)
-    prediction, seen = segment_photo(model.eval(), picture, names, args.none_of_these)
-    colours, size = palette(len(names)), picture.shape[:2]
-    files = {"": overlay(picture, prediction, colours), "_legend": legend(prediction, names, colours)}
-    if seen:
-        files["_reconstruction"] = resize(to_image(seen["image"]), size, smooth=True)
-        for stage, tokens in seen["tokens"].items():
-            codes = len(model.codebook(stage))
-            files[f"_tokens_{stage}"] = token_map(tokens.index[0], codes, seen["crop"], seen["padded"], size)
-    files = {out.with_name(f"{out.stem}{part}{out.suffix}"): content for part, content in files.items()}
-    if any(path.exists() and path.samefile(args.image) for path in files):
-        raise InputError(f"--out {out}: would overwrite the input; choose another name")
-    write_files(files)
-    print("written: " + ", ".join(str(path) for path in files))
-    if not seen:
-        print("SAN has no tokens and repaints nothing: no token maps, no reconstruction")
-
-
-# --- the command line -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def process_group(device):
-    """(rank, processes, device) while what torchrun started is joined, by gloo; (0, 1, device) without torchrun."""
-    if "RANK" not in os.environ:
-        yield 0, 1, device
-        return
-    # Only tallies travel, from the CPU; a process may wait for the slowest one's whole share of a dataset.
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
-    try:
-        if device == "cuda":
-            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-            torch.cuda.set_device(device)
-        yield dist.get_rank(), dist.get_world_size(), device
-    finally:
-        dist.destroy_process_group()
-
-
-def check_flags(args):
-    """Raises InputError, naming the flag, for flags that do not go together."""
-    if args.run is None:
-        raise InputError("give the run directory that train.py left, such as: python eval.py runs/pat")
-    if args.images is not None and args.images < 1:
-        raise InputError(f"--images {args.images}: at least 1")
-    if args.workers < 0:
-        raise InputError(f"--workers {args.workers}: at least 0")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
-    scored = {"--compare": args.compare, "--data": args.data, "--dataset": args.dataset, "--names": args.names,
-              "--images": args.images, "--rfid": args.rfid}
-    if args.image is not None and any(scored.values()):
-        raise InputError(f"--image segments one picture: leave {', '.join(scored)} out")
-    photo = {"--labels": args.labels, "--out": args.out, "--none-of-these": args.none_of_these or None}
-    if args.image is None and any(value is not None for value in photo.values()):
-        raise InputError(f"{', '.join(k for k, v in photo.items() if v is not None)}: only together with --image FILE")
-    if args.image is not None and (args.labels is None or args.out is None):
-        raise InputError('--image also needs --labels "name, name" and --out out.png')
-    if args.names and args.data is None:
-        raise InputError("--names replaces the names of a dataset: give --data DIR with it")
-    if args.ignore is not None and (args.data is None or args.dataset):
-        raise InputError("--ignore is for a folder of your own: give it with --data DIR and without --dataset")
-    if args.dataset:
-        for name in args.dataset:
-            if name != "all":
-                load_vocabulary(name)
-        if args.data is None:
-            raise InputError("--dataset reads what you downloaded: give --data DIR with the archives")
-        if args.compare:
-            raise InputError("--dataset scores one run at a time: leave --compare out")
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run directory that train.py left")
+def parser_of(description):
+    """The flags that scoring has, here and in studies/benchmark.py."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="a run directory that train.py left")
     parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="further runs for the same table")
     parser.add_argument("--data", metavar="DIR", help="score on a folder with images/, labels/ and classes.txt")
-    parser.add_argument("--dataset", nargs="+", metavar="NAME",
-                        help=f"score on published datasets found in DIR instead: all, or some of {', '.join(DATASETS)}")
     parser.add_argument("--names", metavar="FILE", help="other names for the same classes, one a line in order of ids")
     parser.add_argument("--ignore", type=int, help="label value of your own DIR that means unlabelled (255)")
     parser.add_argument("--images", type=int, metavar="N", help="score on the first N images only")
-    parser.add_argument("--rfid", metavar="WEIGHTS", help=f"also the rFID of the reconstructions, with {INCEPTION}")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (0)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--image", metavar="FILE", help="segment this picture instead of scoring")
-    parser.add_argument("--labels", metavar="NAMES", help='its names, separated by commas: "red star, grass"')
-    parser.add_argument("--out", metavar="OUT", help="where its overlay goes; the other pictures go beside it")
-    parser.add_argument("--none-of-these", action="store_true",
-                        help="pixels whose best name loses to the learned background stay unnamed")
-    args = parse_flags(parser, argv)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser
+
+
+def check_flags(args):
+    """Raises InputError, naming the flag, for numbers out of range and flags that lack their --data."""
+    for name, least in (("images", 1), ("workers", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise InputError(f"--{name} {getattr(args, name)}: at least {least}")
+    for name in ("names", "ignore"):
+        if getattr(args, name) is not None and args.data is None:
+            raise InputError(f"--{name} is about the labels of a folder: give --data DIR with it")
+    check_device(args.device)
+
+
+MOVED = {"--image": "python predict.py RUN FILE --labels NAMES", "--dataset": "python -m studies.benchmark RUN --dataset",
+         "--rfid": "python -m studies.benchmark RUN --rfid"}                              # flags of before November 2026
+
+
+def main(argv=None):
+    for word in sys.argv[1:] if argv is None else argv:
+        if (flag := word.split("=")[0]) in MOVED:
+            raise InputError(f"{flag} is now {MOVED[flag]}")
+    args = parse_flags(parser_of(__doc__.split("\n")[0]), argv)
     check_flags(args)
-    with process_group(args.device) as (rank, processes, args.device):
-        how = Pass(args.images, args.workers, rank, processes, Path(args.run) / "scores")
-        (photo_command if args.image else published_command if args.dataset else score_command)(args, how)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("eval.py is one process; on several: torchrun -m studies.benchmark RUN")
+    table = score_table(open_runs(args), args.device, Pass(args.images, args.workers), where_of(args), args.names)
+    write_scores(Path(args.run) / "scores", table)
+    print(format_table(table), end="")
+    print(f"written: scores.txt and scores.json in {args.run}; pictures and a page: python -m studies.report {args.run}")
 
 
 if __name__ == "__main__":

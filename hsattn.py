@@ -19,7 +19,10 @@ seeds, and iterating moves each of them to a mode of the feature density (`mean_
 # paper: Eq. 1; the idea of mean shift as attention is the Mean Shift Mask Transformer's, and so is kappa = 30.
 # ours: 8 heads of S/8, q and k normalised per head, v not, the head's output normalised, then one linear.
 
-Demo: `python hsattn.py` moves points on a circle to their modes; `python gallery.py modes` draws it.
+This formula is the definition.  `HSAttn` takes a twin of it that is faster (kernels/: cpu.py on a CPU, mean_shift.py on a
+GPU), or the formula itself with `--kernels plain`.
+
+Demo: `python hsattn.py` moves points on a circle to their modes; `python -m studies.gallery modes` draws it.
 Tests: tests/test_hsattn.py.  Read next: vq.py.
 
 Dimensions (the same letters in every file)
@@ -27,13 +30,11 @@ Dimensions (the same letters in every file)
     K codes of a stage    N local tokens of a stage    Q global tokens (mask queries)    L classes
 """
 
-from itertools import repeat
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import path
+from kernels import kernel
 
 
 def g(x):
@@ -41,43 +42,11 @@ def g(x):
     return F.normalize(x, dim=-1)
 
 
-CACHED = 2**21                             # weights held at a time on the CPU: 8 MiB of fp32, which its cache takes
-
-
-class MeanShift(torch.autograd.Function):
-    """g(softmax(kappa g(q) g(k)ᵀ) v) with the gradient written out; call `hypersphere_attention`.
-
-    1. g cancels the denominator of the softmax: g(u / s) = g(u) for s > 0, so the weights need no sum,
-           u_i = Σ_j w_ij v_j,   w_ij = exp(kappa (c_ij - max_j c_ij)),   out_i = u_i / |u_i|
-    2. The gradient G_i = (d_i - out_i (out_iᵀ d_i)) / |u_i| that reaches u is tangent to out, so Σ_j w_ij G_iᵀ v_j =
-       G_iᵀ u_i = 0: the term that a softmax's backward subtracts in each row.  What is left, r_ij = kappa w_ij G_iᵀ v_j:
-           dv = wᵀ G,   dg(q) = r g(k),   dg(k) = rᵀ g(q)
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, kappa, mask):
-        q_length, k_length = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k))
-        q, k = q / q_length, k / k_length
-        w = q @ k.transpose(-1, -2)                                                       # (...,N,P), cosines
-        if mask is not None:
-            w.masked_fill_(~mask, -torch.inf)
-        w.sub_(w.amax(-1, keepdim=True).clamp(min=-1)).mul_(kappa).exp_()                 # no key at all: w = 0, out = 0
-        out = w @ v
-        length = out.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        out /= length
-        ctx.save_for_backward(q, k, v, q_length, k_length, w, out, length)
-        ctx.kappa = kappa
-        return out
-
-    @staticmethod
-    def backward(ctx, d):
-        q, k, v, q_length, k_length, w, out, length = ctx.saved_tensors
-        G = (d - out * (out * d).sum(-1, keepdim=True)) / length                          # (...,N,D), tangent to out
-        r = (G @ v.transpose(-1, -2)).mul_(w).mul_(ctx.kappa)                             # (...,N,P)
-        dv, dq, dk = w.transpose(-1, -2) @ G, r @ k, r.transpose(-1, -2) @ q
-        dq, dk = ((dx - x * (x * dx).sum(-1, keepdim=True)) / length                      # through g: tangent again
-                  for dx, x, length in ((dq, q, q_length), (dk, k, k_length)))
-        return dq, dk, dv, None, None
+def beside(mask, scores):
+    """mask (B,P) in the shape that stands beside scores (B,...,N,P): the same for all heads and queries of an image."""
+    if scores.dim() == 2:
+        raise ValueError("a mask (B,P) says which keys of each image count: give q, k and v with a batch dimension")
+    return mask.view(len(mask), *[1] * (scores.dim() - 2), -1)                            # (B,1,...,1,P)
 
 
 def hypersphere_attention(q, k, v, kappa, mask=None):
@@ -88,20 +57,16 @@ def hypersphere_attention(q, k, v, kappa, mask=None):
     dimension: True for a key that counts; a query without any gives a zero row; ValueError for a mask without a batch.
     Never in half precision inside.
     """
-    if q.dim() == 2:
-        if mask is not None:
-            raise ValueError("a mask (B,P) says which keys of each image count: give q, k and v with a batch dimension")
-        return hypersphere_attention(q[None], k[None], v[None], kappa)[0]
-    if mask is not None:
-        mask = mask.view(mask.shape[0], *[1] * (q.dim() - 2), -1)                         # (B,...,1,P)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    parts = [(q.to(wide), k.to(wide), v.to(wide), mask)]
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():      # a few images at a time: see CACHED
-        size = max(1, CACHED * q.shape[0] // max(1, q[..., 0].numel() * k.shape[-2]))
-        parts = zip(*(repeat(None) if x is None else x.split(size) for x in parts[0]))
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
     with torch.autocast(q.device.type, enabled=False):
-        outs = [MeanShift.apply(q, k, v, float(kappa), mask) for q, k, v, mask in parts]
-    return torch.cat(outs).to(q.dtype)
+        scores = kappa * g(q) @ g(k).transpose(-1, -2)                                    # (...,N,P)
+        if mask is not None:                              # a key that does not count: no weight, and nothing to give
+            mask = beside(mask, scores)                                                   # (B,...,1,P)
+            scores = scores.masked_fill(~mask, torch.finfo(wide).min)
+            v = v.masked_fill(~mask.transpose(-1, -2), 0)
+        weights = scores.softmax(-1)                                                      # over the FEATURES
+        return g(weights @ v).to(dtype)                                                   # (...,N,D)
 
 
 def mean_shift(x, seeds, kappa, steps):
@@ -140,17 +105,18 @@ class Attn(nn.Module):
 
 
 class HSAttn(Attn):
-    """Multi-head hypersphere attention: queries, keys and each head's output live on the sphere; values do not."""
+    """Multi-head hypersphere attention: queries, keys and each head's output live on the sphere; values do not.
+
+    `kernels` chooses between `hypersphere_attention` above and its twins: see kernels/__init__.py.
+    """
 
     def __init__(self, width, heads, kappa=30.0, kernels="auto"):
         super().__init__(width, heads)
         self.kappa, self.kernels = kappa, kernels
 
     def attend(self, q, k, v):
-        if path(self.kernels, q.device, q.dtype, q.shape[-1], self.kappa) == "triton":
-            from kernels.mean_shift import hypersphere_attention as fused                 # Triton exists on Linux only
-            return fused(q, k, v, self.kappa)
-        return hypersphere_attention(q, k, v, self.kappa)
+        attention = kernel(hypersphere_attention, self.kernels, q, self.kappa)            # the function above, or a twin
+        return attention(q, k, v, self.kappa)
 
 
 if __name__ == "__main__":

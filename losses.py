@@ -9,27 +9,23 @@
 # paper: the four weights; CRF and TV are FeatUp's.  L_seg is SAN's, number for number; L_rec has ViT-VQGAN's weights.
 # differs: the literal alignment, mean(K d) + TV, is smallest when all codes sit on one point, and training finds that
 #          point while perplexity and PSNR still look healthy.  Ours divides by the mean distance, so moving all codes
-#          together changes nothing.  `--align literal` keeps the paper's; the README shows what each does.
+#          together changes nothing.  `--set align=literal` keeps the paper's; docs/results.md shows what each does.
 
 Every random draw (points, pixels) comes from a generator keyed by the image's number in the training stream, and sums
 are divided by counts over all processes, so splitting a batch over processes or steps does not change the gradient.
 
-Demo: `python losses.py` shows the collapse in one number.  Tests: tests/test_losses.py.  Read next: inference.py.
+Demo: `python losses.py` shows the collapse in one number.  Tests: tests/test_losses.py.  Read next: decoder.py.
 """
-
-import functools
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-from images import IGNORE, InputError
+from data import IGNORE
 
 NO_OBJECT = 0.1                        # class weight of a query that matches nothing
 CE, BCE, DICE = 2.0, 5.0, 5.0
-VGG = "vgg16-397923af.pth"             # LPIPS's backbone, torchvision's file name in the torch hub cache
 
 
 def generator(*key):
@@ -91,16 +87,16 @@ def class_weight(classes_per_image, queries):
     return matched + NO_OBJECT * (len(classes_per_image) * queries - matched)
 
 
-def segmentation(masks, class_logits, found, keys, *, num_masks, weight, points=12544, oversample=3.0, importance=0.75):
+def segmentation(masks, class_logits, truths, keys, *, num_masks, weight, points=12544, oversample=3.0, importance=0.75):
     """L_seg of one supervised output: dict(ce, mask, dice), before their weights 2, 5, 5.
 
-    masks (B,Q,h,w), class_logits (B,Q,L+1), found: per image (classes (M), truth (M,H,W)), keys: per image a tuple of
+    masks (B,Q,h,w), class_logits (B,Q,L+1), truths: per image (classes (M), truth (M,H,W)), keys: per image a tuple of
     integers that fixes its random points.  `num_masks` and `weight` are this batch's shares of the mask count and of
     the class weights over all processes and accumulation steps (their totals / number of shares).
     """
     device, L = masks.device, class_logits.shape[-1] - 1
     ce = bce = dice = masks.sum() * 0.0                       # an image without a label still reaches every parameter
-    for b, ((classes, truth), key) in enumerate(zip(found, keys)):
+    for b, ((classes, truth), key) in enumerate(zip(truths, keys)):
         gen = generator(*key)
         shared = torch.rand(points, 2, generator=gen).to(device)
         q, m = match(masks[b], class_logits[b], classes, truth, shared)
@@ -157,25 +153,10 @@ def alignment(zq, image, keys, form="scale-free", samples=1000):
     return dict(crf=crf.mean(), tv=tv.mean())
 
 
-@functools.lru_cache
-def load_lpips(device="cpu"):
-    """LPIPS-VGG, frozen, or None when its backbone is not in the torch hub cache; never downloads or unpickles code.
-
-    Raises InputError if the file is there but is not torchvision's VGG-16.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / VGG
-    if not path.is_file():
-        return None
-    import lpips
-
-    metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)      # its linear layers come with the package
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        metric.net.load_state_dict({key: state["features." + key.split(".", 1)[1]] for key in metric.net.state_dict()})
-    except Exception as error:
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"{path}: not torchvision's VGG-16 weights ({why}); delete it") from error
-    return metric.requires_grad_(False).to(device)
+def perceptual(device):
+    """LPIPS-VGG on a device, or None where its backbone is not at hand."""
+    from published.perceptual import load_lpips               # somebody else's file, opened where it is needed
+    return load_lpips(str(device))
 
 
 def reconstruction(image_hat, image, lpips=None):

@@ -20,47 +20,37 @@ image ──┬─> frozen CLIP ──> F0, F3, F6, F9 ──fusion──> f0, f
 # ours: residual and LN around HSAttn and Attn; stem and Down as 3x3 stride-2 convolutions; TokenMixer as a 3-layer GELU
 #       MLP along the token axis; "unified" gives all four stages one codebook through one linear.
 
-Demo: `python pat.py` counts the parameters of the reference size; `python pat.py import san_vit_b_16.pth --out RUN`
-makes a run directory of a published SAN checkpoint; `encode`, `decode` and `tokenizer` are told in tokenizer.py.
-Tests: tests/test_pat.py.  Read next: tokenizer.py.
+Demo: `python pat.py` counts the parameters of the reference size.  Tests: tests/test_pat.py.  Read next: runs.py.
 """
 
-import argparse
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import fingerprint, load_weights, trained_state
+from clip import CLIPConfig
+from cli import InputError
+from data import rng_for, to_unit
 from decoder import Decoder, Up, log2
-from hsattn import Attn, HSAttn
-from images import InputError, run_cli
-from kernels import CHOICES
-from san import MLP, SAN, SANConfig, from_published, read_published, trainable
-from vq import vMFVQ
+from hsattn import Attn, HSAttn, g
+from kernels import CHOICES, path
+from losses import alignment, perceptual, reconstruction
+from san import MLP, SAN, SMALL_SIDE, WORLD_POINTS, SideConfig, check_heads, check_positive, tokens, trainable
+from segmenter import VLMS, Segmenter, summed
+from vq import codebook_health, features_at, restart_dead_codes, vMFVQ
 
 PYRAMID = ("early", "mid", "late")         # the finest first; the one place where stages are counted and named
 STAGES = PYRAMID + ("latent",)
+RESTART = 99                               # the word of the random keys of a restart
 
 
 @dataclass
-class PATConfig(SANConfig):
+class PATConfig:
     """Every number and every switch of the model; defaults are the paper's where it states them."""
 
-    model: str = "pat"                 # pat or san
-    preset: str = "coco"               # which preset these numbers started from
-    seed: int = 0                      # of the weights and of every draw in training
-    short_side: int = 640              # pixels of the shorter image side at test time, and of the training crop
-    long_side: int = 2560              # the longer side is at most this
-    data: str = ""                     # the folder it is trained on; the world needs none
-    val_data: str = ""                 # what it is scored on: a folder, or COCO-Stuff val; "" = first images of `data`
-    ignore: int = 255                  # value in the folders' label files that means unlabelled
+    clip: CLIPConfig = field(default_factory=CLIPConfig)
+    side: SideConfig = field(default_factory=SideConfig)
     codes: tuple = (128, 64, 32, 256)  # K of early, mid, late, latent
     code_dim: int = 32                 # D
     kappa: float = 30.0                # concentration of HSAttn (Mean Shift Mask Transformer's)
@@ -69,39 +59,22 @@ class PATConfig(SANConfig):
     decoder_width: int = 256
     decoder_heads: int = 8
     spade_hidden: int = 128
-    decoder_attention: str = "pooled"  # or "full": keys and values at full resolution
-    scales: tuple = (4, 2, 1)          # Table II: 4 4 4 and 1 1 1
-    vmf: bool = True                   # Table II: --no-vmf, dot-product VQ and plain attention
-    mixer: bool = True                 # Table II: --no-mixer, no token flow between stages and to the global tokens
-    residual: bool = True              # Table II: --no-residual, no pixels in the pyramid
-    unified: bool = False              # Table II: --unified, one embedding is queries and every codebook
-    separate_decoders: bool = False    # Table II: --separate-decoders, one for pixels, one for masks
-    decoder_stages: tuple = PYRAMID    # Table II: --decoder-stages mid late | late | (nothing)
-    kernels: str = "auto"              # torch, triton, or auto: Triton on a GPU (kernels/__init__.py)
-
-
-def preset(name, **changes):
-    """The model of a preset: "world" (default run), "coco" (the paper's, CLIP ViT-B/16), "coco-eva" (EVA02-B/16).
-
-    "coco-large" is the published SAN-L's: ViT-L/14-336 sees 0.7 of the image, 448 pixels of 640, as a 32x32 grid.
-    "coco-eva-large" puts EVA02-L/14-336 in its place, which nobody published.
-    """
-    large = dict(clip_scale=0.7)
-    if name == "world":
-        numbers = dict(vlm="world", pretrained="world", clip_scale=1.0, depths=(0, 2, 3, 4), width=96, depth=4, heads=6,
-                       patch=8, grid=8, queries=20, head_width=96, short_side=64, long_side=256, hs_heads=6,
-                       mixer_hidden=96, decoder_width=64, decoder_heads=4, spade_hidden=32)
-    elif name == "coco":
-        numbers = {}
-    elif name == "coco-eva":
-        numbers = dict(vlm="EVA02-B-16", pretrained="merged2b_s8b_b131k")
-    elif name == "coco-large":
-        numbers = dict(vlm="ViT-L-14-336", **large)
-    elif name == "coco-eva-large":
-        numbers = dict(vlm="EVA02-L-14-336", pretrained="merged2b_s6b_b61k", **large)
-    else:
-        raise InputError(f"no preset is called {name!r}; there are world, coco, coco-eva, coco-large, coco-eva-large")
-    return PATConfig(**{"preset": name, **numbers, **changes})
+    scales: tuple = (4, 2, 1)          # of early, mid, late: how many times finer than the side grid
+    vmf: bool = True                   # False: dot-product VQ and plain attention
+    mixer: bool = True                 # False: no token flow between stages and to the global tokens
+    residual: bool = True              # False: no pixels in the pyramid
+    unified: bool = False              # one embedding is queries and every codebook
+    separate_decoders: bool = False    # one for pixels, one for masks
+    decoder_stages: tuple = PYRAMID    # those that keep their SPADE block and cross-attention
+    kernels: str = "auto"              # plain, triton, or auto: Triton on a GPU, kernels/cpu.py on a CPU
+    points: int = 12544                # for matching and for the mask losses, an image
+    w_vq: float = 0.1                  # weights of L_VQ, L_align, L_rec
+    w_align: float = 0.1
+    w_rec: float = 1.0
+    align: str = "scale-free"          # or "literal", the paper's; "none" drops it
+    crf_samples: int = 1000            # pixels an image and stage
+    restart_after: int = 0             # steps without use before a code restarts; 0 = never
+    restart_share: float = 0.0         # "use" means more than this fraction of an even share of the features
 
 
 class TokenMixer(nn.Module):
@@ -144,19 +117,23 @@ class PixelBranch(nn.Module):
             self.down = nn.ModuleDict({first: halvings(3, width, log2(steps[first], "the stem"))})
             for stage in others:
                 if steps[stage] not in (1, 2):
-                    raise InputError(f"--scales {' '.join(map(str, scales))}: each is the one before it, or half of it")
+                    raise InputError(f"scales {' '.join(map(str, scales))}: each is the one before it, or half of it")
                 self.down[stage] = nn.Conv2d(width, width, 3, int(steps[stage]), 1)
 
+    def stage(self, stage, x, f, codes):
+        """One stage: x the image or the x before, f a map (B,S,g,g), codes (K,D) or None -> Tokens, x (B,S,g*s,g*s)."""
+        u = self.up[stage](f)                                                             # (B,S,g*s,g*s)
+        if self.down is not None:
+            x = self.down[stage](x)                                                       # (B,S,g*s,g*s)
+            u = u + x
+        return self.vq[stage](u, codes), x
+
     def forward(self, image, f, codes):
-        """image (B,3,H,W), f a map (B,S,g,g) a stage, codes: stage -> (K,D) or None -> stage -> Tokens"""
-        found, x = {}, image
+        """image (B,3,H,W), f a map (B,S,g,g) a stage, codes (K,D) or None -> stage -> Tokens: the detached tokenizer."""
+        tokens, x = {}, image
         for stage, map_ in zip(PYRAMID, f):
-            u = self.up[stage](map_)                                                      # (B,S,g*s,g*s)
-            if self.down is not None:
-                x = self.down[stage](x)                                                   # (B,S,g*s,g*s)
-                u = u + x
-            found[stage] = self.vq[stage](u, codes[stage])
-        return found
+            tokens[stage], x = self.stage(stage, x, map_, codes)
+        return tokens
 
 
 class SemanticStage(nn.Module):
@@ -184,243 +161,198 @@ class SemanticStage(nn.Module):
         return t, self.norm_q(q + self.attn(q + self.mix(t), z, z))
 
 
-def semantic_branch(side, semantic, codebook, image, f):
-    """The side ViT with a SemanticStage between its blocks: `codebook(stage)` (K,D), image (B,3,H,W), f four (B,S,h,w)
-    -> q (B,Q,S), z (B,S,h,w) after the last block."""
-    t = None
+class TokenPyramid:
+    """What PAT and the tokenizer on its own (tokenizer.py) share: the paper's Fig. 3 from the fused maps to the tokens.
 
-    def update(i, q, z):                                      # what happens between two side blocks
-        nonlocal t
-        t, q = semantic[i - 1](codebook(PYRAMID[i - 1]), q, z, t)
-        return q
+    Stands on `self.side`, `pixels`, `semantic`, `latent`, and on `given`, the unified codebook or None.
+    """
 
-    q, z = side(image, f, update)[-1]
-    return q, z.transpose(1, 2).unflatten(2, f[0].shape[-2:])
+    def quantisers(self):
+        return dict([*self.pixels.vq.items(), *([] if self.latent is None else [("latent", self.latent)])])
+
+    def codebook(self, stage):
+        """The codes of a stage as they are used, (K,D)."""
+        return self.quantisers()[stage].codes(self.given())
+
+    def walk(self, image, f):
+        """image (B,3,H,W), f four (B,S,h,w) -> Tokens by stage, global tokens q (B,Q,S) after the last side block."""
+        given, tokenized, x, t = self.given(), {}, image, None
+        q, z, pos = self.side.start(image, f[0])
+        for i, stage in enumerate(PYRAMID):
+            tokenized[stage], x = self.pixels.stage(stage, x, f[i + 1], given)                # pixel branch
+            q, z = self.side.step(i, q, z, pos)
+            z = z + tokens(f[i + 1])                                                      # (B,P,S), SAN's fusion
+            t, q = self.semantic[i](self.codebook(stage), q, z, t)                        # semantic branch
+        for i in range(len(PYRAMID), len(self.side.blocks)):
+            q, z = self.side.step(i, q, z, pos)
+        z = z.transpose(1, 2).unflatten(2, f[0].shape[-2:])                               # (B,S,h,w)
+        tokenized["latent"] = self.latent(z, given)
+        return tokenized, q
 
 
-class PAT(SAN):
+class PAT(TokenPyramid, SAN):
     """The whole model.  `model(image, text)` -> SAN's dict plus image (B,3,H,W) in [0,1] units and tokens per stage."""
 
+    Config = PATConfig
+    PRESETS = {name: dict(vlm) for name, vlm in VLMS.items()}
+    PRESETS["world"].update(
+        SMALL_SIDE, hs_heads=6, mixer_hidden=96, decoder_width=64, decoder_heads=4, spade_hidden=32,
+        points=WORLD_POINTS, crf_samples=128,
+        w_vq=5.0, w_rec=60.0,              # 0.1 and 1 in the paper, which trains 140 times longer and adds LPIPS
+        restart_after=10, restart_share=0.2)
+    ABLATIONS = {                          # the rows of the paper's Table II
+        "no-vmf": dict(vmf=False), "scales-4-4-4": dict(scales=(4, 4, 4)), "scales-1-1-1": dict(scales=(1, 1, 1)),
+        "no-align": dict(align="none"), "no-mixer": dict(mixer=False), "no-residual": dict(residual=False),
+        "unified": dict(unified=True), "separate-decoders": dict(separate_decoders=True),
+        "one-stage-removed": dict(decoder_stages=("mid", "late")), "two-stages-removed": dict(decoder_stages=("late",)),
+        "three-stages-removed": dict(decoder_stages=())}
+    stages = STAGES
+    watch = ("ce_2", "dice_2", "l2", "vq")
+    curves = {**SAN.curves, "token and pixel losses": {"VQ": "vq", "CRF": "crf", "TV": "tv", "L1": "l1", "L2": "l2",
+                                                       "LPIPS": "lpips"}}
+
+    @classmethod
+    def check(cls, c):
+        for name, allowed in dict(align=("scale-free", "literal", "none"), kernels=CHOICES).items():
+            if getattr(c, name) not in allowed:
+                raise InputError(f"{name} {getattr(c, name)}: there are {', '.join(allowed)}")
+        for stage in c.decoder_stages:
+            if stage not in PYRAMID:
+                raise InputError(f"decoder_stages {stage}: there are {', '.join(PYRAMID)}")
+        depths = c.clip.depths or (1,) * len(STAGES)
+        for name, given, n, least in (("scales", c.scales, len(PYRAMID), 1), ("codes", c.codes, len(STAGES), 1),
+                                      ("depths", depths, len(STAGES), 0)):
+            if len(given) != n or min(given) < least:
+                raise InputError(f"{name} {' '.join(map(str, given))}: takes {n} positive numbers")
+        check_heads(c.side.heads, c.side.width)
+        check_heads(c.hs_heads, c.side.width, "hs_heads")
+        check_heads(c.decoder_heads, c.decoder_width, "decoder_heads")
+        if c.side.depth < len(PYRAMID):
+            raise InputError(f"depth {c.side.depth}: each of {', '.join(PYRAMID)} follows a block; give {len(PYRAMID)} or more")
+        check_positive(c, "points", "crf_samples")
+
     def build(self):
-        c = self.config
+        c, width = self.config, self.config.side.width
         if len(self.vlm.depths) != len(STAGES):
-            raise InputError(f"--depths: CLIP gives {len(self.vlm.depths)} maps; give {len(STAGES)} numbers, 0 and one "
+            raise InputError(f"depths: CLIP gives {len(self.vlm.depths)} maps; give {len(STAGES)} numbers, 0 and one "
                              f"for each of {', '.join(PYRAMID)}")
         *pyramid_codes, latent_codes = c.codes
-        sizes = [c.queries] * len(PYRAMID) if c.unified else pyramid_codes
+        sizes = [c.side.queries] * len(PYRAMID) if c.unified else pyramid_codes
 
         def quantiser(codes):                                 # of every stage: the place to put another kind in
-            return vMFVQ(c.width, 0 if c.unified else codes, c.code_dim, c.vmf, kernels=c.kernels)
+            return vMFVQ(width, 0 if c.unified else codes, c.code_dim, c.vmf, kernels=c.kernels)
 
-        self.pixels = PixelBranch(width=c.width, codes=pyramid_codes, scales=c.scales, patch=c.patch,
+        def decoder(*tasks):
+            return Decoder(code_dim=c.code_dim, query_width=width, width=c.decoder_width, heads=c.decoder_heads,
+                           spade_hidden=c.spade_hidden, scales=dict(zip(PYRAMID, c.scales)), patch=c.side.patch,
+                           clip_heads=self.vlm.heads, stages=c.decoder_stages, tasks=tasks)
+
+        self.pixels = PixelBranch(width=width, codes=pyramid_codes, scales=c.scales, patch=c.side.patch,
                                   residual=c.residual, quantiser=quantiser)
         self.latent = quantiser(latent_codes)
-        self.to_code = nn.Linear(c.width, c.code_dim) if c.unified else None
+        self.to_code = nn.Linear(width, c.code_dim) if c.unified else None
         self.semantic = nn.ModuleList(
-            SemanticStage(width=c.width, code_dim=c.code_dim, tokens=n, tokens_before=before, queries=c.queries,
+            SemanticStage(width=width, code_dim=c.code_dim, tokens=n, tokens_before=before, queries=c.side.queries,
                           heads=c.hs_heads, kappa=c.kappa, hidden=c.mixer_hidden, vmf=c.vmf, mixer=c.mixer,
                           unified=c.unified, kernels=c.kernels)
             for n, before in zip(sizes, [0, *sizes]))
-
-        def decoder(*tasks):
-            return Decoder(code_dim=c.code_dim, query_width=c.width, width=c.decoder_width, heads=c.decoder_heads,
-                           spade_hidden=c.spade_hidden, scales=dict(zip(PYRAMID, c.scales)), patch=c.patch,
-                           clip_heads=self.vlm.heads, stages=c.decoder_stages, tasks=tasks,
-                           full_attention=c.decoder_attention == "full")
-
         self.decoder = decoder("masks") if c.separate_decoders else decoder("masks", "pixels")
         self.pixel_decoder = decoder("pixels") if c.separate_decoders else None
         for stage, vq in self.quantisers().items():           # steps since each code's last use, for restarts
             vq.register_buffer("idle", torch.zeros(len(self.codebook(stage)), dtype=torch.int64))
+        self.uses, self.last = {}, {}      # stage -> uses of each code since the last logged line; the last step's features
 
-    def quantisers(self):
-        return dict([*self.pixels.vq.items(), ("latent", self.latent)])
-
-    def unified_codes(self):
+    def given(self):
         """The one codebook of the "unified" ablation, (Q,D), or None."""
         return None if self.to_code is None else self.to_code(self.side.query_embed[0])
 
-    def codebook(self, stage):
-        """The codes of a stage as they are used, (K,D)."""
-        return self.quantisers()[stage].codes(self.unified_codes())
-
-    def tokenizer(self, latent=False):
-        """A frozen copy of the tokenizer alone: tokenizer.Tokenizer.  `latent`: with the fourth stage, and `decode`."""
-        from tokenizer import Tokenizer                       # here, because that file stands on this one
-
-        return Tokenizer.of(self, latent)
-
     def forward(self, image, text):
         """image (B,3,H,W) CLIP-normalised, text (L,E) unit -> dict(masks, classes, image, tokens); see SAN.forward."""
-        pyramid, f = self.fuse(image)
-        given = dict.fromkeys(STAGES, self.unified_codes())
-        tokens = self.pixels(image, f[1:], given)
-        q, z = semantic_branch(self.side, self.semantic, self.codebook, image, f)
-        tokens["latent"] = self.latent(z, given["latent"])
-        zq = {stage: found.zq for stage, found in tokens.items()}
-        out = self.decoder(zq, q)
+        pyramid, f = self.fuse(image)                         # CLIP, frozen, and its maps on the side grid
+        tokenized, q = self.walk(image, f)                        # early, mid, late, latent: the tokens
+        zq = {stage: tokens.zq for stage, tokens in tokenized.items()}
+        out = self.decoder(zq, q)                             # masks, where CLIP has to look, pixels
         if self.pixel_decoder is not None:
             out["image"] = self.pixel_decoder(zq)["image"]
-        classes = [self.classify(pyramid, bias, text) for bias in out.pop("bias")]
+        classes = [self.classify(pyramid, bias, text) for bias in out["bias"]]            # CLIP says what it sees there
         masks = [m.to(image.dtype) for m in out["masks"]]     # autocast ends here: losses and scores are fp32
-        return dict(masks=masks, classes=classes, image=out["image"].to(image.dtype), tokens=tokens)
+        return dict(masks=masks, classes=classes, image=out["image"].to(image.dtype), tokens=tokenized)
 
+    # ---- what the contract asks for (segmenter.py) ----
 
-SWITCHES = ("vmf", "mixer", "residual", "unified", "separate_decoders", "decoder_stages", "scales", "decoder_attention",
-            "kernels")
+    def terms(self, out, batch):
+        """L_seg + w_vq L_VQ + w_align L_align + w_rec L_rec."""
+        c, terms, tokenized = self.config, super().terms(out, batch), out["tokens"].values()
+        terms["vq"] = c.w_vq, sum(tokens.loss for tokens in tokenized)
+        if c.align != "none":
+            aligned = [alignment(tokens.zq, batch.images, [(*key, 3 + i) for key in batch.keys], c.align, c.crf_samples)
+                       for i, tokens in enumerate(tokenized)]
+            terms["crf"] = c.w_align, sum(a["crf"] for a in aligned)
+            terms["tv"] = c.w_align, sum(a["tv"] for a in aligned)
+        lpips = perceptual(batch.images.device)
+        factors = dict(l1=0.1 * c.w_rec, l2=1.0 * c.w_rec, lpips=0.1 * c.w_rec)
+        for name, loss in reconstruction(out["image"], to_unit(batch.images), lpips).items():
+            terms[name] = factors[name], loss
+        return terms
 
+    def notes(self, device):
+        """Whether LPIPS is on, and which path the two operations with a kernel take."""
+        c, ways = self.config, {}
+        try:                                                  # every precision that autocast may choose goes the same way
+            if c.vmf:
+                ways["assignment"] = path(c.kernels, torch.device(device), torch.float32, c.code_dim)
+            if c.vmf and c.mixer:
+                head = c.side.width // c.hs_heads
+                ways["mean shift"] = path(c.kernels, torch.device(device), torch.float32, head, c.kappa)
+        except ValueError as error:
+            raise InputError(f"--kernels {c.kernels}: {error}") from error
+        ways = ", ".join(f"{name} by {way}" for name, way in ways.items()) or "no operation with a kernel"
+        return f"LPIPS {'on' if perceptual(device) else 'off'}; {ways}"
 
-def check(c):
-    """Raises InputError, naming the flag, for numbers of a config that do not fit together."""
-    choices = dict(model=("pat", "san"), decoder_attention=("pooled", "full"), kernels=CHOICES)
-    for name, allowed in choices.items():
-        if getattr(c, name) not in allowed:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: there are {', '.join(allowed)}")
-    for stage in c.decoder_stages:
-        if stage not in PYRAMID:
-            raise InputError(f"--decoder-stages {stage}: there are {', '.join(PYRAMID)}")
-    for name, lengths in dict(scales=[len(PYRAMID)], codes=[len(STAGES)], depths=[0, len(STAGES)]).items():
-        if len(getattr(c, name)) not in lengths or any(n < (name != "depths") for n in getattr(c, name)):
-            raise InputError(f"--{name} {' '.join(map(str, getattr(c, name)))}: takes {lengths[-1]} positive numbers")
-    for heads, width in (("heads", "width"), ("hs_heads", "width"), ("decoder_heads", "decoder_width")):
-        if getattr(c, heads) < 1 or getattr(c, width) % getattr(c, heads):
-            flag = heads.replace("_", "-")
-            raise InputError(f"--{flag} {getattr(c, heads)} does not divide the width {getattr(c, width)}")
-    if c.model == "pat" and c.depth < len(PYRAMID):
-        raise InputError(f"--depth {c.depth}: each of {', '.join(PYRAMID)} follows a side block; give at least "
-                         f"{len(PYRAMID)}")
-    changed = [name for name in SWITCHES if getattr(c, name) != getattr(PATConfig, name)]
-    if c.model == "san" and changed:
-        raise InputError(f"--model san has no {changed[0].replace('_', ' ')} to switch: that flag is PAT's")
+    def remember(self, out):
+        """stage -> uses of each code (K), the features as W_pre gave them (b,D,h,w)"""
+        return {stage: (tokens.counts, tokens.x.detach()) for stage, tokens in out["tokens"].items()}
 
+    def after_step(self, remembered, step, config):
+        """Count uses; dead codes restart on features of this step's batch, the same on any number of processes.
 
-def build(config):
-    """SAN or PAT, as `config.model` says.  Raises InputError for numbers that do not fit together."""
-    check(config)
-    return (PAT if config.model == "pat" else SAN)(config)
+        Not in the last 15 % of the steps, which keep the codes there are; not a codebook that is somebody else's (the
+        unified one belongs to the queries); and not off the sphere, where a code on a long feature wins features of
+        half the space and draws them to its length: the next restart lands on a longer one (L_VQ: 45,000 in 160 steps).
+        """
+        c, batch = self.config, config.recipe.batch
+        numbers = torch.cat([numbers for numbers, _ in remembered])                       # (b) the images of this process
+        restarts = c.restart_after and step < 0.85 * config.recipe.steps
+        for which, (stage, vq) in enumerate(self.quantisers().items()):
+            counts, restarted = sum(kept[stage][0] for _, kept in remembered), 0          # (K)
+            if restarts and vq.codebook is not None and vq.vmf:
+                x = torch.cat([kept[stage][1] for _, kept in remembered])                 # (b,D,h,w)
+                rng, K = rng_for(config.run.seed, step, which, RESTART), len(counts)
+                images, places = step * batch + rng.integers(batch, size=K), rng.random(K)    # one feature drawn a code
+                candidates = g(summed(features_at(x, numbers, images, places)))           # (K,D)
+                restarted = restart_dead_codes(vq.codebook, vq.idle, summed(counts), candidates, c.restart_after,
+                                               c.restart_share)
+            self.uses[stage] = self.uses.get(stage, 0) + counts
+            self.last[stage] = remembered[0][1][stage][1], restarted
 
+    def log(self):
+        """The health of each codebook since the last logged line, and how many of its codes restarted in this step."""
+        lines = {}
+        for stage, vq in self.quantisers().items():
+            x, restarted = self.last[stage]
+            health = codebook_health(summed(self.uses[stage]), self.codebook(stage), x.movedim(1, -1).flatten(0, 2),
+                                     vq.choose)
+            lines[stage] = {**health, "restarted": restarted}
+        self.uses = {}
+        return lines
 
-# --- run directories: config.json beside checkpoint.safetensors -----------------------------------------------------
-
-
-def config_from(stored, config_class=PATConfig):
-    """The config that `asdict` and JSON made a dict of; entries it does not know are left out."""
-    known = {field.name for field in fields(config_class)}
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
-
-
-def load_config(run, config_class=PATConfig):
-    """The config of a run directory; CLIP weights beside it are found wherever the directory lies.
-
-    Raises InputError if config.json is missing or damaged.
-    """
-    try:
-        stored = json.loads((Path(run) / "config.json").read_text())
-        config = config_from(stored, config_class)
-        beside = Path(run) / config.pretrained
-        return replace(config, pretrained=str(beside)) if beside.is_file() else config
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{run}: no run directory (config.json: {error}); make one with `python train.py`") from error
-
-
-def load_run(run, device="cpu"):
-    """(model in eval mode, config) of a run directory with config.json and checkpoint.safetensors.
-
-    Raises InputError, naming the file, when one is missing, damaged or belongs to another model.
-    """
-    config, path = load_config(run), Path(run) / "checkpoint.safetensors"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; the run has not written a checkpoint yet")
-    config.kernels = "auto"                                   # how it was trained binds nobody who only uses it
-    torch.manual_seed(config.seed)                            # with pretrained "none", CLIP comes from the seed
-    model = build(config)
-    load_weights(model, path)
-    return model.to(device).eval(), config
-
-
-PUBLISHED = {768: "coco", 1024: "coco-large"}                 # width of CLIP -> the preset of the published SAN over it
-
-
-def import_published(path, out, config=None):
-    """Make a run directory of a published SAN checkpoint, complete: it needs no other file and no network.
-
-    clip.safetensors: the CLIP inside, frozen but for its trained position embedding, in open_clip's layout;
-    checkpoint.safetensors: what SAN trains; config.json: `config`, by default that of the published size found.
-    Raises InputError if the file is damaged or not such a checkpoint, or if `out` exists; nothing is then written.
-    """
-    published, out = read_published(path), Path(out)
-    if config is None:
-        conv = published.get("clip_visual_extractor.conv1.weight", torch.empty(0))
-        if len(conv) not in PUBLISHED:
-            raise InputError(f"{path}: neither SAN with ViT-B/16 nor with ViT-L/14-336: clip_visual_extractor."
-                             f"conv1.weight is {tuple(conv.shape) if len(conv) else 'missing'}")
-        config = preset(PUBLISHED[len(conv)], model="san")
-    if "ov_classifier.token_embedding.weight" not in published:
-        raise InputError(f"{path}: CLIP's text tower is not in it (ov_classifier.token_embedding.weight and others)")
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; choose another name")
-    model = build(replace(config, pretrained="none"))
-    try:
-        from_published(model, published)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    temporary = out.with_name(f".{os.getpid()}.{out.name}")
-    try:
-        temporary.mkdir(parents=True)
-        save_file(model.vlm.model.state_dict(), temporary / "clip.safetensors")
-        trained = {f"model.{name}": value.detach() for name, value in trained_state(model).items()}
-        metadata = {"step": "0", "vlm": fingerprint(model), "scaler": "{}"}
-        save_file(trained, temporary / "checkpoint.safetensors", metadata)
-        config = json.dumps(asdict(replace(config, pretrained="clip.safetensors")), indent=1)
-        (temporary / "config.json").write_text(config + "\n")
-        os.rename(temporary, out)
-    except Exception as error:                                # safetensors wraps the file system's
-        raise InputError(f"--out {out}: cannot be written ({str(error).splitlines()[0]})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-RUN = "runs/world-pat-0"                # where the default run leaves PAT
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
-
-
-def main(argv=None):
-    parser = OneLineParser(description="PAT's parameters; the tokenizer on its own; a run from a published checkpoint")
-    commands = parser.add_subparsers(dest="command")
-    encode = commands.add_parser("encode", help="photos to tokens")
-    encode.add_argument("images", nargs="+", metavar="IMAGE")
-    encode.add_argument("--out", metavar="TOKENS.npz", required=True)
-    encode.add_argument("--short-side", type=int, metavar="N",
-                        help="encode at this many pixels, 0: each photo's own size (default: as the run scores photos)")
-    decode = commands.add_parser("decode", help="tokens to pictures, at the photos' own sizes")
-    decode.add_argument("tokens", metavar="TOKENS.npz")
-    decode.add_argument("--out", metavar="DIR", required=True, help="where STEM.png of each photo goes")
-    for command in (encode, decode):
-        command.add_argument("--run", default=RUN, metavar="RUN", help=f"a run, or a tokenizer saved alone ({RUN})")
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command = commands.add_parser("tokenizer", help="save a run's tokenizer alone, one file that needs no other")
-    command.add_argument("run", metavar="RUN")
-    command.add_argument("--out", metavar="FILE.safetensors", required=True)
-    command.add_argument("--pyramid-only", action="store_true", help="early, mid, late: half the size, cannot decode")
-    command = commands.add_parser("import", help="make a run directory of a published SAN checkpoint")
-    command.add_argument("file", metavar="FILE", help="san_vit_b_16.pth or san_vit_large_14.pth")
-    command.add_argument("--out", metavar="RUN", required=True, help="the run directory to make")
-    args = parser.parse_args(argv)
-    if args.command == "import":
-        import_published(args.file, args.out)
-        print(f"written: config.json, checkpoint.safetensors, clip.safetensors in {args.out}")
-        return
-    if args.command:
-        from tokenizer import run_command                     # here, because that file stands on this one
-
-        return run_command(args)
-    for name in ("world", "coco"):
-        print(f"PAT, {name}: {trainable(build(preset(name, pretrained='none'))):,} trainable parameters")
+    def parts(self):
+        return {"side ViT + semantic": [self.side, *self.semantic], "fusion": list(self.fusion), "pixel branch": [self.pixels],
+                "latent": [self.latent], "decoder": [self.decoder]}
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    from runs import build, preset
+
+    for name in ("world", "coco"):
+        print(f"PAT, {name}: {trainable(build(preset(name, pretrained='none'))):,} trainable parameters")

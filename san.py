@@ -10,39 +10,64 @@
 
 ViT-B/16 at 640: z (B,1600,240), q (B,100,240), masks (B,100,40,40), 8,370,866 trainable parameters.
 This is the complete baseline of the paper, numerically the published one (tests/test_san.py checks it against numbers
-that the published code computed), and it loads the published checkpoints by their own key names.
+that the published code computed); published/san_checkpoints.py loads the published weights by their own key names.
 
 # paper: SAN is the baseline.  Everything here is SAN's: sizes, fusion depths, heads, supervision of the last two blocks.
 # differs: the two heads are plain linears on tokens where SAN writes 1x1 convolutions: same function, same weights.
 
-Demo: `python san.py` counts the parameters of the reference size.  Tests: tests/test_san.py.  Read next: decoder.py.
+Demo: `python san.py` counts the parameters of the reference size.  Tests: tests/test_san.py.  Read next: losses.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip import VLM, differences, load_pickle, open_model
-from images import InputError
+from clip import CLIPConfig, load_vlm
+from cli import InputError
+from data import IGNORE
+from losses import BCE, CE, DICE, class_weight, segmentation, targets
+from segmenter import VLMS, Answer, Segmenter
+
+
+@dataclass
+class SideConfig:
+    """The side ViT; defaults are the reference size."""
+
+    width: int = 240                   # S
+    depth: int = 8                     # blocks
+    heads: int = 6
+    patch: int = 16                    # pixels
+    grid: int = 40                     # g, the side grid the position embedding is learned on
+    queries: int = 100                 # Q
 
 
 @dataclass
 class SANConfig:
     """Every number of the SAN model; defaults are the reference size."""
 
-    vlm: str = "ViT-B-16"              # open_clip name, or "world"; clip.open_model says what -gelu, -quickgelu add
-    pretrained: str = "openai"         # open_clip tag, a local file, or "none" for random weights
-    clip_scale: float = 0.5            # CLIP sees the image at this fraction (0.7 for ViT-L-14-336)
-    depths: tuple = ()                 # blocks after which CLIP's maps are taken; () = quarters of its depth
-    width: int = 240                   # S, side ViT
-    depth: int = 8                     # side blocks
-    heads: int = 6                     # side heads
-    patch: int = 16                    # side patch, pixels
-    grid: int = 40                     # g, the side grid the position embedding is learned on
-    queries: int = 100                 # Q
+    clip: CLIPConfig = field(default_factory=CLIPConfig)
+    side: SideConfig = field(default_factory=SideConfig)
     head_width: int = 256              # hidden and output width of the mask head's MLPs
+    points: int = 12544                # for matching and for the mask losses, an image
+
+
+SMALL_SIDE = dict(width=96, depth=4, heads=6, patch=8, grid=8, queries=20)               # the world's: 8x8 patches of 8
+WORLD_POINTS = 1024                    # a scene has 4,096 pixels
+
+
+def check_heads(heads, width, name="heads"):
+    """Raises InputError unless `heads` divide `width`."""
+    if heads < 1 or width % heads:
+        raise InputError(f"{name} {heads} does not divide the width {width}")
+
+
+def check_positive(config, *names):
+    """Raises InputError unless all these numbers of a config are at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} {getattr(config, name)}: takes a positive number")
 
 
 class MLP(nn.Module):
@@ -72,7 +97,7 @@ class SelfAttn(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
+class FeedForward(nn.Module):
     """The transformer's two-layer MLP."""
 
     def __init__(self, width, ratio=4):
@@ -89,7 +114,7 @@ class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), SelfAttn(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), Mlp(width)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), FeedForward(width)
 
     def forward(self, x):
         """(B,T,S) -> (B,T,S)"""
@@ -139,28 +164,23 @@ class SideViT(nn.Module):
             pos = tokens(F.interpolate(pos, size=grid, mode="bicubic", align_corners=False))
         return torch.cat([self.query_pos_embed, pos], 1)
 
-    def forward(self, image, f, update=None, query=None):
-        """image (B,3,H,W), f four (B,S,h,w) -> [(q (B,Q,S), z (B,P,S)) after each block].
-
-        `update(i, q, z) -> q` runs after block i = 1, 2, 3 and its fusion, before positions are added again; this is
-        where PAT sits.  `query` replaces the learned queries.
-        """
+    def start(self, image, f0):
+        """image (B,3,H,W), f0 (B,S,h,w) -> queries q (B,Q,S) and patches z (B,P,S), positions (1,Q+P,S)."""
         z = self.patch_embed(image)                                                       # (B,S,h,w)
-        pos, Q = self.positions(tuple(z.shape[-2:])), self.queries
-        query = self.query_embed if query is None else query
-        x = torch.cat([query.expand(z.shape[0], -1, -1), tokens(z)], 1) + pos             # (B,Q+P,S)
-        q, z = x[:, :Q], x[:, Q:] + tokens(f[0])
-        outputs = []
-        for i, block in enumerate(self.blocks, 1):
-            x = block(torch.cat([q, z], 1))
-            q, z = x[:, :Q], x[:, Q:]
-            if i < len(f):
-                z = z + tokens(f[i])
-                if update is not None:
-                    q = update(i, q, z)
-            outputs.append((q, z))
-            q, z = q + pos[:, :Q], z + pos[:, Q:]
-        return outputs
+        pos = self.positions(tuple(z.shape[-2:]))
+        q = self.query_embed.expand(z.shape[0], -1, -1)
+        q, z = self.parted(torch.cat([q, tokens(z)], 1) + pos)
+        return q, z + tokens(f0), pos
+
+    def step(self, i, q, z, pos):
+        """Side block i, from 0.  Positions are added again before every block but the first."""
+        if i:
+            q, z = q + pos[:, :self.queries], z + pos[:, self.queries:]
+        return self.parted(self.blocks[i](torch.cat([q, z], 1)))
+
+    def parted(self, x):
+        """(B,Q+P,S) -> q (B,Q,S), z (B,P,S)"""
+        return x[:, :self.queries], x[:, self.queries:]
 
 
 class MaskHead(nn.Module):
@@ -186,110 +206,94 @@ class MaskHead(nn.Module):
         return masks, self.bias_scaling(bias[..., None])[..., 0]
 
 
-class SAN(nn.Module):
+class SAN(Segmenter):
     """The whole baseline.  `model(image, text)` -> dict(masks=[...], classes=[...]); the last entries predict."""
+
+    Config = SANConfig
+    PRESETS = {name: {**vlm, **(dict(SMALL_SIDE, head_width=96, points=WORLD_POINTS) if name == "world" else {})}
+               for name, vlm in VLMS.items()}
+    RECIPES = {"world": dict(           # 10,400 scenes: what two cores can do in ten minutes
+        steps=1300, batch=8, lr=8e-4, warmup=100, grad_clip=1.0, weight_decay=0.01, save_every=200, log_every=20,
+        workers=0)}                     # a scene is drawn in a millisecond
+    watch = ("ce_2", "mask_2", "dice_2")
+    curves = {"segmentation losses": {"class (ce)": "ce_2", "mask": "mask_2", "dice": "dice_2"}}
+
+    @classmethod
+    def check(cls, c):
+        check_heads(c.side.heads, c.side.width)
+        if len(c.clip.depths) not in (0, 4) or any(depth < 0 for depth in c.clip.depths):
+            raise InputError(f"depths {' '.join(map(str, c.clip.depths))}: takes 4 positive numbers")
+        check_positive(c, "points")
 
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
-        self.vlm = VLM(*open_model(c.vlm, c.pretrained), scale=c.clip_scale, depths=c.depths)
-        self.side = SideViT(width=c.width, depth=c.depth, heads=c.heads, patch=c.patch, grid=c.grid, queries=c.queries)
-        self.fusion = nn.ModuleList(Fusion(self.vlm.width, c.width) for _ in self.vlm.depths)
+        self.config, clip, side = config, config.clip, config.side
+        self.vlm = load_vlm(clip.vlm, clip.pretrained, scale=clip.clip_scale, depths=clip.depths)
+        self.side = SideViT(width=side.width, depth=side.depth, heads=side.heads, patch=side.patch, grid=side.grid,
+                            queries=side.queries)
+        self.fusion = nn.ModuleList(Fusion(self.vlm.width, side.width) for _ in self.vlm.depths)
         self.background = nn.Parameter(torch.randn(1, self.vlm.text_width) * self.vlm.text_width ** -0.5)
-        self.stride = 32 if c.patch == 16 else c.patch        # inputs are padded to a multiple; 32 as in SAN
+        self.stride = 32 if side.patch == 16 else side.patch  # inputs are padded to a multiple; 32 as in SAN
         self.build()
 
     def build(self):
-        self.head = MaskHead(self.config.width, self.config.width, self.config.head_width, self.vlm.heads)
+        """What stands on the side ViT: here SAN's mask head, in PAT the pyramid and its decoder."""
+        c = self.config
+        self.head = MaskHead(c.side.width, c.side.width, c.head_width, self.vlm.heads)
 
     def fuse(self, image):
         """image (B,3,H,W) -> CLIP's Pyramid, and its four maps on the side grid, each (B,S,h,w)."""
-        pyramid = self.vlm.features(image)
-        grid = (image.shape[-2] // self.config.patch, image.shape[-1] // self.config.patch)
+        pyramid, patch = self.vlm.features(image), self.config.side.patch
+        grid = (image.shape[-2] // patch, image.shape[-1] // patch)
         return pyramid, [fuse(m, grid) for fuse, m in zip(self.fusion, pyramid.maps)]
 
     def classify(self, pyramid, bias, text):
         """Class logits (B,Q,L+1) of what CLIP sees through `bias`; the last column is the learned background."""
         names = torch.cat([text, F.normalize(self.background, dim=-1)])                   # (L+1,E)
-        seen = self.vlm.recognise(pyramid, bias).to(names.dtype)                          # (B,Q,E)
-        with torch.autocast(seen.device.type, enabled=False):                             # bf16 logits step by 1/8
-            return self.vlm.logit_scale * seen @ names.T
+        regions = self.vlm.recognise(pyramid, bias).to(names.dtype)                          # (B,Q,E)
+        with torch.autocast(regions.device.type, enabled=False):                             # bf16 logits step by 1/8
+            return self.vlm.logit_scale * regions @ names.T
 
     def forward(self, image, text):
         """image (B,3,H,W) CLIP-normalised, H and W multiples of the patch; text (L,E) unit -> dict of lists of
         masks (B,Q,h,w) and classes (B,Q,L+1); in training two of each (deep supervision), else one."""
         pyramid, f = self.fuse(image)
-        outputs = self.side(image, f)[-2 if self.training else -1:]
+        q, z, pos = self.side.start(image, f[0])
+        outputs = []
+        for i in range(len(self.side.blocks)):
+            q, z = self.side.step(i, q, z, pos)
+            if i + 1 < len(f):
+                z = z + tokens(f[i + 1])
+            outputs.append((q, z))
         masks, classes = [], []
-        for q, z in outputs:
+        for q, z in outputs[-2 if self.training else -1:]:
             m, bias = self.head(q, z.unflatten(1, f[0].shape[-2:]))
             masks.append(m.to(image.dtype))                    # autocast ends here: losses and scores are fp32
             classes.append(self.classify(pyramid, bias, text))
         return dict(masks=masks, classes=classes)
 
+    def answer(self, out, b=0):
+        return Answer(out["masks"][-1][b], mix=out["classes"][-1][b].float().softmax(-1), none=True)
 
-# --- published checkpoints -----------------------------------------------------------------------------------------
+    def totals(self, labels):
+        """How many true masks there are, and the sum of all class weights."""
+        classes = [label[label != IGNORE].unique() for label in labels]
+        return torch.tensor([sum(map(len, classes)), class_weight(classes, self.config.side.queries)],
+                            dtype=torch.float64, device=labels.device)
 
-NOT_PARAMETERS = ("criterion.empty_weight", "ov_classifier.attn_mask")                    # of the published layout
-RENAMED = (("vit_model.patch_embed.proj.", "side.patch_embed."), ("vit_model.", "side."), ("query_", "side.query_"),
-           ("mask_decoder.", "head."))
+    def terms(self, out, batch):
+        """L_seg of both supervised outputs: ce, mask and dice, numbered 1 and 2."""
+        truth, terms = [targets(label) for label in batch.labels], {}
+        masks_here, weight_here = max(batch.totals[0].item(), 1.0) / batch.parts, batch.totals[1].item() / batch.parts
+        for i, (masks, classes) in enumerate(zip(out["masks"], out["classes"]), 1):
+            losses = segmentation(masks, classes, truth, [(*key, i) for key in batch.keys], points=self.config.points,
+                                 num_masks=masks_here, weight=weight_here)
+            for (name, loss), factor in zip(losses.items(), (CE, BCE, DICE)):
+                terms[f"{name}_{i}"] = factor, loss
+        return terms
 
-
-def our_key(key, rec_start):
-    """The name in this file of a key of the published layout; recognition blocks count on from `rec_start`."""
-    part, _, rest = key.partition(".")
-    if part == "clip_rec_head" and rest.startswith("resblocks."):
-        _, i, rest = rest.split(".", 2)
-        return f"vlm.model.visual.transformer.resblocks.{int(i) + rec_start}.{rest}"
-    if part in ("clip_visual_extractor", "clip_rec_head"):
-        return "vlm.model.visual." + ("transformer." if rest.startswith("resblocks.") else "") + rest
-    if part == "ov_classifier":
-        return {"bg_embed": "background", "logit_scale": "vlm.model.logit_scale"}.get(rest, f"vlm.model.{rest}")
-    for theirs, ours in RENAMED:
-        if rest.startswith(theirs):
-            return ours + rest[len(theirs):]
-    if rest.startswith("fusion_layers.layer_"):
-        i, _, part, kind = rest.removeprefix("fusion_layers.layer_").split(".")
-        return f"fusion.{i}.{('norm', 'proj')[int(part)]}.{kind}"
-    return key
-
-
-TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
-
-
-def read_published(path):
-    """The state dict of a published checkpoint: its "model" entry, or the whole of it.  name -> tensor
-
-    Raises InputError for a file that is damaged, holds code, or holds no tensors by name.
-    """
-    published = load_pickle(path)
-    published = published.get("model", published) if isinstance(published, dict) else {}
-    if not published or not all(torch.is_tensor(value) for value in published.values()):
-        raise InputError(f"{path}: holds no state dict, neither at its top nor under 'model'; is it a SAN checkpoint?")
-    return published
-
-
-def from_published(model, published):
-    """Load a state dict in the layout of the published SAN checkpoints into `model`, CLIP included.
-
-    The text tower may be absent as a whole (it stays as it is).  Raises InputError listing missing and unknown entries
-    and wrong shapes; the model is then unchanged.
-    """
-    state, loaded = model.state_dict(), {}
-    for key, value in published.items():
-        if key not in NOT_PARAMETERS:
-            ours = our_key(key, model.vlm.depths[-1])
-            ours = key if ours in loaded else ours            # two entries for one place: the second is unknown
-            if value.shape[2:] == (1, 1) and ours in state and state[ours].ndim == 2:
-                value = value.flatten(1)                      # 1x1 convolutions are linears here
-            loaded[ours] = value
-    text = tuple(f"vlm.model.{name}" for name in TEXT)
-    if not any(key.startswith(text) for key in loaded):
-        loaded.update({key: value for key, value in state.items() if key.startswith(text)})
-    wrong = differences(state, loaded)
-    if wrong:
-        raise InputError(f"not a SAN checkpoint of this size: {wrong}")
-    model.load_state_dict(loaded)
+    def parts(self):
+        return {"side ViT + semantic": [self.side], "fusion": list(self.fusion), "mask head": [self.head]}
 
 
 def trainable(model):
@@ -298,4 +302,5 @@ def trainable(model):
 
 
 if __name__ == "__main__":
-    print(f"SAN with ViT-B/16: {trainable(SAN(SANConfig(pretrained='none'))):,} trainable parameters")
+    small = SANConfig(clip=CLIPConfig(pretrained="none"))
+    print(f"SAN with ViT-B/16: {trainable(SAN(small)):,} trainable parameters")

@@ -6,25 +6,25 @@
     640x640, ViT-B/16:   early 160x160 of 128   mid 80x80 of 64   late 40x40 of 32   latent 40x40 of 256
     bits per pixel = Σ tokens log2 K / pixels = (25600*7 + 6400*6 + 1600*5 + 1600*8) / 409600 = 0.582
 
-`model.tokenizer()` copies the three pyramid stages out of a PAT: nothing flows into them from the queries or from the
+`Tokenizer.of(model)` copies the three pyramid stages out of a PAT: nothing flows into them from the queries or from the
 side ViT (pat.py), which therefore stay behind.  `latent=True` brings these along, and a decoder for pixels only.  What
 it gives is, bit for bit, what the whole PAT gives.  One file holds it, its part of CLIP included.
 
-    python pat.py encode a.jpg b.png --out tokens.npz      any size and kind of picture; tokens, bits, bytes of each
-    python pat.py decode tokens.npz --out pictures         a PNG each, at the picture's own size
-    python pat.py tokenizer runs/world-pat-0 --out tokenizer.safetensors      then `--run tokenizer.safetensors`
+    python tokenizer.py encode a.jpg b.png --out tokens.npz      any size and kind of picture; tokens, bits, bytes of each
+    python tokenizer.py decode tokens.npz --out pictures         a PNG each, at the picture's own size
+    python tokenizer.py save runs/world-pat-0 --out tokenizer.safetensors     then `--run tokenizer.safetensors`
 
 # paper: the three pyramid codebooks can be detached.   # ours: everything about files; what `latent` brings along.
 
-Tests: tests/test_tokenizer.py.  Read next: losses.py.  B, H, W, h, w, D, K: see hsattn.py.
+Tests: tests/test_tokenizer.py.  Read next: published/datasets.py.  B, H, W, h, w, D, K: see hsattn.py.
 """
 
+import argparse
 import hashlib
 import io
 import json
 import math
 import os
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +35,18 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from clip import checksum, differences, with_activation
-from images import InputError, read_image, resize_short, to_tensor, write_files
-from pat import PAT, PYRAMID, STAGES, PATConfig, check, config_from, load_run, semantic_branch
+from cli import InputError, check_device, parse_flags, run_cli, tensors_checksum, write_files
+from data import read_image, resize_short, to_tensor
+from pat import PAT, PYRAMID, STAGES, PATConfig, TokenPyramid
+from runs import changed, filled, flat, load_run
 from vq import codebook_health
 
 
-class Tokenizer(nn.Module):
-    """See the header.  `model.tokenizer()` or `Tokenizer.load` make one; by itself this builds shapes without numbers.
+UNSIGNED = {"seed": 0, "preset": ""}       # what files of before November 2026 tell too, and how their fingerprint took it
+
+
+class Tokenizer(TokenPyramid, nn.Module):
+    """See the header.  `Tokenizer.of(model)` or `Tokenizer.load` make one; by itself this builds shapes without numbers.
 
     `stages`: early, mid, late, and latent if it has that.  `stride`: `forward` takes sides that are multiples of it.
     """
@@ -50,12 +54,12 @@ class Tokenizer(nn.Module):
     def __init__(self, config, latent=False):
         super().__init__()
         with torch.device("meta"):                            # PAT's own parts, before they take any memory
-            model = PAT(replace(config, pretrained="none"))
+            model = PAT(changed(config, pretrained="none"))
         self.config, self.stride, self.stages = config, model.stride, STAGES if latent else PYRAMID
         self.vlm, self.pixels = model.vlm, model.pixels
         self.vlm.keep_features()
         self.fusion = nn.ModuleDict({str(i): model.fusion[i] for i in range(0 if latent else 1, len(STAGES))})
-        self.register_buffer("unified", model.unified_codes())           # the one codebook of that ablation, or None
+        self.register_buffer("unified", model.given())           # the one codebook of that ablation, or None
         self.side = self.semantic = self.latent = self.decoder = None
         if latent:
             self.side, self.semantic, self.latent = model.side, model.semantic, model.latent
@@ -69,28 +73,25 @@ class Tokenizer(nn.Module):
     @classmethod
     def of(cls, model, latent=False):
         """A copy of a PAT's tokenizer, on its device."""
-        config = PATConfig(**{field.name: getattr(model.config, field.name) for field in fields(PATConfig)})
-        config = replace(config, vlm=with_activation(config.vlm, model.vlm), pretrained="none", kernels="auto", data="",
-                         val_data="")                         # nobody who is given the file needs those
-        tokenizer, state = cls(config, latent), {**model.state_dict(), "unified": model.unified_codes()}
+        from published.weights import with_activation         # not needed by whoever only encodes
+
+        vlm = with_activation(model.config.clip.vlm, model.vlm)
+        config = changed(model.config, vlm=vlm, pretrained="none", kernels="auto")
+        tokenizer, state = cls(config, latent), {**model.state_dict(), "unified": model.given()}
         if model.pixel_decoder is not None:
             state.update({f"decoder.{name}": value for name, value in model.pixel_decoder.state_dict().items()})
         own = {name: state[name].detach().clone() for name in tokenizer.state_dict()}
         tokenizer.load_state_dict(own, assign=True)
         return tokenizer
 
-    def quantisers(self):
-        return dict([*self.pixels.vq.items(), *([] if self.latent is None else [("latent", self.latent)])])
-
-    def codebook(self, stage):
-        """The codes of a stage as they are used, (K,D)."""
-        return self.quantisers()[stage].codes(self.unified)
+    def given(self):
+        return self.unified
 
     # ---- sizes ----
 
     def grids(self, height, width):
         """stage -> (h,w), the token grid of an image of this many pixels: padded up to the stride, over patches."""
-        h, w = (-(-side // self.stride) * self.stride // self.config.patch for side in (height, width))
+        h, w = (-(-side // self.stride) * self.stride // self.config.side.patch for side in (height, width))
         scales = dict(zip(STAGES, (*self.config.scales, 1)))
         return {stage: (h * scales[stage], w * scales[stage]) for stage in self.stages}
 
@@ -106,13 +107,10 @@ class Tokenizer(nn.Module):
 
         A graph and nothing else: torch.compile and torch.export take it.
         """
-        grid = (image.shape[-2] // self.config.patch, image.shape[-1] // self.config.patch)
+        grid = (image.shape[-2] // self.config.side.patch, image.shape[-1] // self.config.side.patch)
         maps = self.vlm.features(image).maps                                              # four (B,C,hc,wc)
         f = [fuse(maps[int(i)], grid) for i, fuse in self.fusion.items()]                 # each (B,S,g,g)
-        found = self.pixels(image, f[-len(PYRAMID):], dict.fromkeys(PYRAMID, self.unified))
-        if self.latent is not None:
-            _, z = semantic_branch(self.side, self.semantic, self.codebook, image, f)     # (B,S,g,g)
-            found["latent"] = self.latent(z, self.unified)
+        found = self.pixels(image, f, self.unified) if self.latent is None else self.walk(image, f)[0]
         return {stage: tokens.index for stage, tokens in found.items()}
 
     @torch.no_grad()
@@ -169,27 +167,32 @@ class Tokenizer(nn.Module):
         x + (code - x).  Raises InputError without latent tokens or if this is no tokenizer with `latent=True`.
         """
         if self.decoder is None:
-            raise InputError("this tokenizer has no latent stage, no decoder: make it by model.tokenizer(latent=True)")
+            raise InputError("this tokenizer has no latent stage, no decoder: make it by Tokenizer.of(model, latent=True)")
         if "latent" not in indices:
             raise InputError("decoding starts from the latent tokens, which are missing; only others may be left out")
         return self.decoder(self.codes(indices))["image"].clamp(0, 1)
 
     # ---- one file ----
 
-    def fingerprint(self):
-        """16 hex digits of all that the meaning of a token depends on: every number and every size."""
-        told = [checksum(self.state_dict()), self.stages, asdict(replace(self.config, seed=0, preset=""))]
+    def fingerprint(self, numbers=None):
+        """16 hex digits of all that the meaning of a token depends on: every number and every size.
+
+        `numbers`: those of the config as a file tells them, where that file is checked.
+        """
+        told = [tensors_checksum(self.state_dict()), self.stages, numbers or flat(self.config)]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def save(self, path):
         """Write all of it to one safetensors file, atomically.  Raises InputError where that cannot be done."""
-        told = dict(config=asdict(self.config), latent=self.latent is not None, fingerprint=self.fingerprint())
+        told = dict(config=flat(self.config), latent=self.latent is not None, fingerprint=self.fingerprint())
         state = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
         write_files({path: save(state, {"pat_tokenizer": json.dumps(told)})})
 
     @classmethod
     def load(cls, path, device="cpu"):
         """What `save` wrote.  Raises InputError, one line, for any other file and for a damaged one."""
+        from published.weights import differences
+
         try:
             with safe_open(path, "pt") as file:
                 told, state = (file.metadata() or {}).get("pat_tokenizer"), {k: file.get_tensor(k) for k in file.keys()}
@@ -197,34 +200,35 @@ class Tokenizer(nn.Module):
             raise InputError(f"{path}: not a readable tokenizer ({str(error).splitlines()[0]}); it may be truncated: "
                              "copy it again") from error
         if told is None:
-            raise InputError(f"{path}: holds no tokenizer; make one with python pat.py tokenizer RUN --out {path}")
+            raise InputError(f"{path}: holds no tokenizer; make one with python tokenizer.py save RUN --out {path}")
         try:
             told = json.loads(told)
-            config = config_from(told["config"])
-            check(config)
+            config = filled(PATConfig(), told["config"])
+            PAT.check(config)
             tokenizer = cls(config, told["latent"])
         except (ValueError, TypeError, KeyError, AttributeError, InputError) as error:
-            raise InputError(f"{path}: its description of the tokenizer is damaged ({error}); copy it again") from error
+            raise InputError(f"{path}: its description of the tokenizer cannot be used ({error}); copy it again") from error
         wrong = differences(tokenizer.state_dict(), state, most=5)
         if wrong:
             raise InputError(f"{path}: its tensors are not those of the tokenizer it describes: {wrong}")
         tokenizer.load_state_dict(state, assign=True)
-        if tokenizer.fingerprint() != told.get("fingerprint"):
+        numbers = {name: UNSIGNED.get(name, value) for name, value in told["config"].items()}
+        if tokenizer.fingerprint(numbers) != told.get("fingerprint"):
             raise InputError(f"{path}: damaged: its numbers are not those that were written; copy it again")
         return tokenizer.to(device)
 
 
 def from_run(run, device="cpu"):
     """The PAT of a run directory.  Raises InputError for one of SAN."""
-    model, config = load_run(run, device)
-    if config.model != "pat":
-        raise InputError(f"{run}: a run of {config.model.upper()}, which has no tokens; give one of PAT")
+    model, _ = load_run(run, device)
+    if not isinstance(model, PAT):
+        raise InputError(f"{run}: a run of {type(model).__name__}, which has no tokens; give one of PAT")
     return model
 
 
 def open_tokenizer(run, device="cpu"):
     """The tokenizer of a run directory, latent included, or of a file that `Tokenizer.save` wrote."""
-    return Tokenizer.load(run, device) if Path(run).is_file() else from_run(run, device).tokenizer(latent=True)
+    return Tokenizer.load(run, device) if Path(run).is_file() else Tokenizer.of(from_run(run, device), latent=True)
 
 
 # --- the commands: photos <-> tokens.npz ------------------------------------------------------------------------------
@@ -250,14 +254,14 @@ def encode_files(paths, out, tokenizer, short_side=None):
             raise InputError(f"--out {out}: would overwrite the input; choose another name")
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise InputError(f"--out {out}: give a name ending in .npz in an existing folder")
-    short = c.short_side if short_side is None else short_side
+    short = c.clip.short_side if short_side is None else short_side
     if short < 0:
         raise InputError(f"--short-side {short}: takes a number of pixels, or 0 for each photo's own size")
     arrays = {"fingerprint": np.array(tokenizer.fingerprint()), "names": np.array([path.name for path in paths])}
     sizes, crops, device = [], [], tokenizer.vlm.positions.device
     for path in paths:
         picture = read_image(path)                                                        # (H,W,3) uint8
-        small = resize_short(picture, short, c.long_side * short // c.short_side) if short else picture
+        small = resize_short(picture, short, c.clip.long_side * short // c.clip.short_side) if short else picture
         (H, W), (h, w) = picture.shape[:2], small.shape[:2]
         tokens = 0
         for stage, index in tokenizer.encode(to_tensor(small)[None].to(device)).items():
@@ -331,21 +335,49 @@ def decode_file(path, out, tokenizer):
         print(f"written: {out / stem}.png, {H}x{W}, decoded at {h}x{w}")
 
 
-def run_command(args):
-    """`python pat.py encode | decode | tokenizer`, its arguments parsed."""
-    if args.command == "tokenizer":
-        if Path(args.run).is_file():
-            raise InputError(f"{args.run}: takes a run directory" + (
-                ", and this is one already saved alone" if args.run.endswith(".safetensors") else ""))
-        if Path(args.out).suffix != ".safetensors":
-            raise InputError(f"--out {args.out}: give a name ending in .safetensors")
-        found = from_run(args.run).tokenizer(latent=not args.pyramid_only)
-        found.save(args.out)
-        return print(f"written: {args.out}, {Path(args.out).stat().st_size:,} bytes, {', '.join(found.stages)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
+def save_tokenizer(run, out, latent):
+    """The tokenizer of a run directory into one file.  Raises InputError; `out` is then as it was."""
+    if Path(run).is_file():
+        raise InputError(f"{run}: takes a run directory" + (
+            ", and this is one already saved alone" if run.endswith(".safetensors") else ""))
+    if Path(out).suffix != ".safetensors":
+        raise InputError(f"--out {out}: give a name ending in .safetensors")
+    found = Tokenizer.of(from_run(run), latent)
+    found.save(out)
+    print(f"written: {out}, {Path(out).stat().st_size:,} bytes, {', '.join(found.stages)}")
+
+
+RUN = "runs/world-pat-0"                # where the default run leaves PAT
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    encode = commands.add_parser("encode", help="photos to tokens", allow_abbrev=False)
+    encode.add_argument("images", nargs="+", metavar="IMAGE")
+    encode.add_argument("--out", metavar="TOKENS.npz", required=True)
+    encode.add_argument("--short-side", type=int, metavar="N",
+                        help="encode at this many pixels, 0: each photo's own size (default: as the run scores photos)")
+    decode = commands.add_parser("decode", help="tokens to pictures, at the photos' own sizes", allow_abbrev=False)
+    decode.add_argument("tokens", metavar="TOKENS.npz")
+    decode.add_argument("--out", metavar="DIR", required=True, help="where STEM.png of each photo goes")
+    for command in (encode, decode):
+        command.add_argument("--run", default=RUN, metavar="RUN", help=f"a run, or a tokenizer saved alone ({RUN})")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    save = commands.add_parser("save", help="a run's tokenizer alone, one file that needs no other", allow_abbrev=False)
+    save.add_argument("run", metavar="RUN")
+    save.add_argument("--out", metavar="FILE.safetensors", required=True)
+    save.add_argument("--pyramid-only", action="store_true", help="early, mid, late: half the size, cannot decode")
+    args = parse_flags(parser, argv)
+    if args.command == "save":
+        return save_tokenizer(args.run, args.out, not args.pyramid_only)
+    check_device(args.device)
     found = open_tokenizer(args.run, args.device)
     if args.command == "encode":
         encode_files(args.images, args.out, found, args.short_side)
     else:
         decode_file(args.tokens, args.out, found)
+
+
+if __name__ == "__main__":
+    run_cli(main)

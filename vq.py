@@ -13,6 +13,8 @@ The posterior of a feature x is softmax_k(kappa e_kᵀx) and its mode does not d
 # ours: L2-normalised codes with ViT-VQGAN's losses and factorised code width; N(0,1) init; codes are plain parameters,
 #       trained by gradient, because the semantic branch moves and trains them too; dead codes may restart.
 
+These formulas are the definition; kernels/cpu.py and kernels/vmf_assign.py hold faster twins, which `vMFVQ` takes.
+
 A healthy codebook is three numbers, never perplexity alone: codes that all sit on one point can be used evenly.
 
 A quantiser, to the rest of the model, is a module with five things; vMFVQ is the one here:
@@ -31,22 +33,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from hsattn import g
-from kernels import path
+from kernels import kernel
 
 
-CHUNK = 4096                               # rows scored at a time on the CPU: (4096,K) scores stay in its cache
-
-
-@torch.no_grad()
 def nearest(x, codes):
     """The index of the largest dot product, the lowest on a tie: x (n,D), codes (K,D) -> (n) int64"""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():           # a graph holds no loop over any number of rows
-        return (x @ codes.T).argmax(1)
-    index, best = torch.empty(len(x), dtype=torch.int64), x.new_empty(len(x))
-    scores = x.new_empty(min(CHUNK, len(x)), len(codes))      # one piece of memory for all chunks
-    for part, *out in zip(x.split(CHUNK), best.split(CHUNK), index.split(CHUNK)):
-        torch.max(torch.mm(part, codes.T, out=scores[:len(part)]), 1, out=out)            # twice as fast as argmax
-    return index
+    scores = x @ codes.T                                                                  # (n,K)
+    return scores.argmax(1)                                                               # over the CODES
 
 
 def assign(x, codes):
@@ -55,17 +48,17 @@ def assign(x, codes):
     x (n,D) of any length, codes (K,D) of any length -> index (n) int64, code (n,D) unit, cosine (n) in [-1,1].  A zero
     feature has index 0 and cosine 0; one with NaN has index 0 and cosine NaN.
     """
-    codes = g(codes).to(x.dtype)
-    index = nearest(x, codes)                                 # |x| changes no argmax; only the winner is divided by it
+    x, codes = g(x), g(codes).to(x.dtype)
+    index = nearest(x, codes)
     code = F.embedding(index, codes)                          # not codes[index]: its gradient sums in a random order
-    return index, code, torch.einsum("nd,nd->n", x, code) / x.norm(dim=1).clamp(min=1e-12)
+    return index, code, (x * code).sum(1)
 
 
 def assign_dot(x, codes):
     """Eq. 1's VQ off the sphere: the largest dot product, so length counts.  Same shapes as `assign`."""
     index = nearest(x, codes)
     code = F.embedding(index, codes)
-    return index, code, torch.einsum("nd,nd->n", x, code)
+    return index, code, (x * code).sum(1)
 
 
 def straight_through(x, code):
@@ -85,14 +78,16 @@ def quantise(x, codes, beta=0.25):
     """
     x, codes = g(x), g(codes).to(x.dtype)
     index = nearest(x, codes)
-    code, counts = F.embedding(index, codes), torch.bincount(index, minlength=len(codes))
+    code = F.embedding(index, codes)
+    counts = torch.bincount(index, minlength=len(codes))
     return straight_through(x, code), index, commitment_loss(x, code, beta), counts
 
 
 def quantise_dot(x, codes, beta=0.25):
     """`quantise` off the sphere (Table II, "no vMF"): the largest dot product of raw vectors."""
     index = nearest(x, codes)
-    code, counts = F.embedding(index, codes), torch.bincount(index, minlength=len(codes))
+    code = F.embedding(index, codes)
+    counts = torch.bincount(index, minlength=len(codes))
     return straight_through(x, code), index, commitment_loss(x, code, beta), counts
 
 
@@ -116,7 +111,7 @@ class vMFVQ(nn.Module):
 
     `codes=None` builds no codebook of its own: the caller passes one (the "unified tokens" ablation).
     `vmf=False` is Eq. 1's VQ without the sphere: argmax of the dot product, raw vectors throughout.
-    `kernels` chooses between `quantise` above and its Triton twin: see kernels/__init__.py.
+    `kernels` chooses between `assign` and `quantise` above and their twins: see kernels/__init__.py.
     """
 
     def __init__(self, width, codes, dim=32, vmf=True, commitment=0.25, kernels="auto"):
@@ -132,16 +127,13 @@ class vMFVQ(nn.Module):
 
     def choose(self, x, codes):
         """The index of each feature, x (n,D), codes (K,D) -> (n) int64: by cosine or, with `vmf=False`, by dot product."""
-        return (assign if self.vmf else assign_dot)(x, codes)[0]
+        rule = kernel(assign, self.kernels, x) if self.vmf else assign_dot
+        return rule(x, codes)[0]
 
     def quantise(self, x, codes):
-        """x (n,D), codes (K,D) -> zq, index, loss, counts, by the one of three functions this module is set to."""
-        if not self.vmf:
-            return quantise_dot(x, codes, self.commitment)
-        if path(self.kernels, x.device, x.dtype, x.shape[1]) == "triton":
-            from kernels.vmf_assign import quantise as fused                              # Triton exists on Linux only
-            return fused(x, codes, self.commitment)
-        return quantise(x, codes, self.commitment)
+        """x (n,D), codes (K,D) -> zq, index, loss, counts, by the rule this module is set to."""
+        rule = kernel(quantise, self.kernels, x) if self.vmf else quantise_dot
+        return rule(x, codes, self.commitment)
 
     def forward(self, u, given=None):
         """u (B,S,h,w) [, a codebook (K,D)] -> Tokens.  Nothing after W_pre runs in half precision."""
@@ -173,6 +165,19 @@ def codebook_health(counts, codes, x=None, choose=None):
     return health
 
 
+def features_at(x, numbers, images, places):
+    """What the holders of some images offer to dead codes: of image images[k] the feature at places[k] of its map.
+
+    x (b,D,h,w) the features here, numbers (b) of their images; images (K) int, places (K) in [0,1) -> (K,D), zero rows
+    where the image is somebody else's: the sum over processes is the same whoever holds what.
+    """
+    offered, P = x.new_zeros(len(images), x.shape[1]), x.shape[2] * x.shape[3]
+    b, k = (numbers[:, None] == torch.as_tensor(images)).nonzero(as_tuple=True)
+    p = (torch.as_tensor(places)[k] * P).long()
+    offered[k] = x.flatten(2)[b, :, p]
+    return offered
+
+
 @torch.no_grad()
 def restart_dead_codes(codebook, idle, counts, candidates, restart_after, share=0.0):
     """Put codes that hardly anybody chose for `restart_after` steps onto features of this batch, in place.
@@ -193,8 +198,8 @@ if __name__ == "__main__":
     import numpy as np
     from PIL import Image
 
-    from images import rng_for
-    from world import scene
+    from data import rng_for
+    from world.scenes import scene
 
     torch.manual_seed(0)
     image = torch.from_numpy(scene(rng_for(5))[0]).float() / 255                          # (64,64,3)

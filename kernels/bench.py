@@ -1,8 +1,8 @@
 """Right first, then how fast: the two operations against what else computes them, on whatever machine this is.
 
-    python kernels/bench.py                    correctness, then one table an operation; on a CPU the CPU rows only
-    python kernels/bench.py --json FILE        the same figures as JSON
-    python kernels/bench.py --tune             on a GPU: try tiles, print the entries of TILES for it
+    python -m kernels.bench                    correctness, then one table an operation; on a CPU the CPU rows only
+    python -m kernels.bench --json FILE        the same figures as JSON
+    python -m kernels.bench --tune             on a GPU: try tiles, print the entries of TILES for it
     pip install vector-quantize-pytorch        for the row of that name; nothing else needs it
 
 Rows are at the paper's sizes (640x640): assignment of B times 25,600, 6,400, 1,600 and 1,600 features to 128, 64, 32 and
@@ -18,7 +18,7 @@ share: quantise with its loss, or attention, and all gradients under a random up
 Ratios hold within one call.  Times are medians, on a GPU over four sets of inputs in turn (one set of an early batch
 would fit the cache) and, where B = 1, replayed from a CUDA graph too, because there the launches cost more than the work.
 
-Tests: tests/test_kernels.py.  What the compiler makes of the kernels: compile_report.py.
+Tests: tests/kernels/test_kernels.py.  What the compiler makes of the kernels: compile_report.py.
 """
 
 import argparse
@@ -27,22 +27,18 @@ import json
 import multiprocessing
 import re
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+import torch.nn.functional as F
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import hsattn  # noqa: E402
-import vq  # noqa: E402
-from images import InputError, run_cli  # noqa: E402
-from images import parse_flags, write_files  # noqa: E402
-from hsattn import g  # noqa: E402
-from kernels import limits  # noqa: E402
+import hsattn
+import vq
+from cli import InputError, parse_flags, run_cli, write_files
+from hsattn import g
+from kernels import cpu, limits
 
 STAGES = {"early": (25600, 128), "mid": (6400, 64), "late": (1600, 32), "latent": (1600, 256)}      # N an image, K
 D, HEADS, HEAD, KAPPA, BETA = 32, 8, 30, 30.0, 0.25
@@ -53,18 +49,8 @@ KERNELS = not limits(torch.device("cuda" if GPU else "cpu"), torch.float32, D)  
 # --- the contenders -------------------------------------------------------------------------------------------------
 
 
-def literal_assign(x, codes):
-    """Eq. 1 word by word: normalise both, all cosines, the largest."""
-    codes = g(codes)
-    cosine = g(x) @ codes.T                                                               # (N,K)
-    index = cosine.argmax(1)
-    return index, codes[index], cosine.gather(1, index[:, None])[:, 0]
-
-
-def literal_quantise(x, codes, assign=literal_assign):
-    index, code, _ = assign(x, codes)
-    x = g(x)
-    return vq.straight_through(x, code), vq.commitment_loss(x, code, BETA)
+def literal_quantise(x, codes):
+    return vq.quantise(x, codes, BETA)[::2]                                               # zq, loss
 
 
 def lean_assign(x, codes):
@@ -74,9 +60,14 @@ def lean_assign(x, codes):
     return index, F.embedding(index, codes), score / x.norm(dim=1).clamp(min=1e-12)
 
 
+def lean_quantise(x, codes):
+    index, code, _ = lean_assign(x, codes)
+    x = g(x)
+    return vq.straight_through(x, code), vq.commitment_loss(x, code, BETA)
+
+
 def literal_attention(q, k, v):
-    """Eq. 1 word by word."""
-    return g((KAPPA * g(q) @ g(k).transpose(-1, -2)).softmax(-1) @ v)
+    return hsattn.hypersphere_attention(q, k, v, KAPPA)
 
 
 def sdpa_attention(q, k, v):
@@ -85,13 +76,12 @@ def sdpa_attention(q, k, v):
 
 
 def ours(operation):
-    """The project's own path on this machine: the kernels on a GPU, the plain functions on a CPU."""
+    """The project's own path on this machine: the kernels on a GPU, kernels/cpu.py on a CPU."""
+    assigning = attending = cpu
     if GPU:
-        from kernels import mean_shift, vmf_assign
-        return {"assign": vmf_assign.assign, "quantise": lambda x, e: vmf_assign.quantise(x, e, BETA)[::2],
-                "attention": lambda q, k, v: mean_shift.hypersphere_attention(q, k, v, KAPPA)}[operation]
-    return {"assign": vq.assign, "quantise": lambda x, e: vq.quantise(x, e, BETA)[::2],
-            "attention": lambda q, k, v: hsattn.hypersphere_attention(q, k, v, KAPPA)}[operation]
+        from kernels import mean_shift as attending, vmf_assign as assigning
+    return {"assign": assigning.assign, "quantise": lambda x, e: assigning.quantise(x, e, BETA)[::2],
+            "attention": lambda q, k, v: attending.hypersphere_attention(q, k, v, KAPPA)}[operation]
 
 
 LIBRARY = "vector-quantize-pytorch"
@@ -108,15 +98,12 @@ def library_quantiser(training):
 
 
 def contenders(operation, backward):
-    """{name: function (K, device) that makes the function of the inputs}, ours first."""
+    """{name: function (K, device) that makes the function of the inputs}, ours first.  "literal" is hsattn.py's, vq.py's."""
     def fixed(function):
         return lambda K, device: function
 
     def compiled(function):
         return lambda K, device: torch.compile(function, dynamic=False)
-
-    def lean_quantise(x, codes):
-        return literal_quantise(x, codes, lean_assign)
 
     if operation == "attention":
         return {"ours": lambda K, device: ours("attention"), "literal eager": fixed(literal_attention),
@@ -125,7 +112,7 @@ def contenders(operation, backward):
         return {"ours": lambda K, device: ours("quantise"), "literal eager": fixed(literal_quantise),
                 "lean eager": fixed(lean_quantise), "torch.compile": compiled(lean_quantise),
                 LIBRARY: library_quantiser(True)}
-    return {"ours": lambda K, device: ours("assign"), "literal eager": fixed(literal_assign),
+    return {"ours": lambda K, device: ours("assign"), "literal eager": fixed(vq.assign),
             "lean eager": fixed(lean_assign), "torch.compile": compiled(lean_assign),
             LIBRARY: library_quantiser(False)}
 
@@ -272,7 +259,7 @@ def error(value, reference):
 
 def correctness():
     """[(what, figure, what is accepted)] of the project's paths on this machine, at the paper's sizes or, interpreted, small."""
-    paths = {"torch": (vq, hsattn)}
+    paths = {"plain": (vq, hsattn)} if GPU else {"plain": (vq, hsattn), "cpu": (cpu, cpu)}
     if KERNELS:
         from kernels import mean_shift, vmf_assign
         paths["triton"] = vmf_assign, mean_shift
@@ -287,7 +274,9 @@ def correctness():
             unit, unit_codes = g(x.detach().double()), g(codes.detach().double())
             best = torch.cat([(part @ unit_codes.T).max(1)[0] for part in unit.split(65536)])
             lost = best - (unit * unit_codes[index]).sum(1)
-            most, share, accepted = (2e-6, 1e-5, "<= 1e-05") if dtype == torch.float32 else (4e-3, 0.02, "<= 0.02")
+            accepted, most = ("<= 1e-05", 2e-6) if dtype == torch.float32 else ("<= 0.02", 4e-3)
+            if path == "plain" and dtype == torch.bfloat16:   # it scores g(x), which is rounded once more than x
+                most = 8e-3
             found.append((f"{label}: share of features that lose any cosine", (lost > 1e-12).double().mean().item(), accepted))
             found.append((f"{label}: most cosine lost", max(lost.max().item(), 0.0), f"<= {most}"))
             same = torch.equal(code, F.normalize(codes, dim=-1).to(dtype)[index])

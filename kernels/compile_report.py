@@ -1,7 +1,7 @@
 """What Triton's compiler makes of every kernel, for GPUs that need not be here.
 
-    python kernels/compile_report.py                  all launches, for sm_80, sm_86 and sm_90
-    python kernels/compile_report.py --json FILE      the same figures as JSON
+    python -m kernels.compile_report                  all launches, for sm_80, sm_86 and sm_90
+    python -m kernels.compile_report --json FILE      the same figures as JSON
 
 A launch is planned exactly as for a run (`plan_*` of the kernel's file), then compiled instead of run.  Of the result:
 
@@ -12,7 +12,7 @@ A launch is planned exactly as for a run (`plan_*` of the kernel's file), then c
     tensor         tensor-core instructions (HMMA, or HGMMA on sm_90)
     atomics        RED, REDG, ATOM and ATOMG on global memory: none, or sums would depend on the order in which programs finish
 
-No GPU and no CUDA toolkit are needed: Triton brings its assembler and disassembler.  Tests: tests/test_kernels.py.
+No GPU and no CUDA toolkit are needed: Triton brings its assembler and disassembler.  Tests: tests/kernels/test_kernels.py.
 """
 
 import argparse
@@ -21,12 +21,10 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.pop("TRITON_INTERPRET", None)                      # interpreted kernels cannot be compiled
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")        # a * b + c in one rounding; 3.10 changes the default
 
@@ -36,8 +34,7 @@ from tqdm import tqdm  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from images import InputError, run_cli  # noqa: E402
-from images import parse_flags, write_files  # noqa: E402
+from cli import InputError, parse_flags, run_cli, write_files  # noqa: E402
 from kernels import mean_shift, vmf_assign  # noqa: E402
 
 TARGETS = (80, 86, 90)

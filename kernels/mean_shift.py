@@ -37,8 +37,8 @@ What is fp32 and why: u, s, lengths and all gradients are summed in fp32; produc
 Limits: D <= 64 (above, every tile of the backward spilled its registers), 0 < kappa <= 43, B * heads <= 65,535.  A query
 without a single unmasked key gives a zero row, as in hsattn.py.
 
-Measured on a GPU: not yet.  On the CPU see `python kernels/bench.py`; registers and memory: compile_report.py.
-Tests: tests/test_kernels.py.  Read next: bench.py.
+Measured on a GPU: not yet.  On the CPU see `python -m kernels.bench`; registers and memory: compile_report.py.
+Tests: tests/kernels/test_kernels.py.  Read next: bench.py.
 """
 
 import torch
@@ -51,7 +51,7 @@ from kernels.tile import Launch, check_together, mode, multiprocessors, power_of
 from kernels.vmf_assign import assign
 
 # Tiles (BLOCK_M queries, BLOCK_N keys, warps) by (capability, mode, D rounded up to 32 or 64); capability None stands for
-# every GPU that has no entry of its own.  `python kernels/bench.py --tune` prints entries for the GPU it runs on; none
+# every GPU that has no entry of its own.  `python -m kernels.bench --tune` prints entries for the GPU it runs on; none
 # was measured yet.  These are the largest that compile without spilling (compile_report.py).
 TILES = {(None, "bf16", 32): dict(forward=(128, 64, 8), keys=(32, 64, 4), queries=(64, 64, 4)),
          (None, "bf16", 64): dict(forward=(128, 64, 8), keys=(32, 32, 4), queries=(64, 32, 4)),

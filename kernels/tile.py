@@ -19,7 +19,7 @@ report can look at without a GPU: what they see is what runs.
 
 # ours: all of it; the paper has no kernels.
 
-Tests: tests/test_kernels.py.  Read next: vmf_assign.py.
+Tests: tests/kernels/test_kernels.py.  Read next: vmf_assign.py.
 """
 
 from dataclasses import dataclass

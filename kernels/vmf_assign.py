@@ -30,8 +30,8 @@ The gradient.  zq = g(x) + sg(code - g(x)), d = mean over N*D of |g(x) - code|²
 Ties go to the lowest code; a zero row has index 0 and cosine 0, a row with NaN index 0 and cosine NaN, as in vq.py.
 Limits: D <= 64; rows shorter than 1e-12 count as zero rows; rows so long that |x|² overflows are not defined.
 
-Measured on a GPU: not yet.  On the CPU see `python kernels/bench.py`; registers and memory: compile_report.py.
-Tests: tests/test_kernels.py.  Read next: mean_shift.py.
+Measured on a GPU: not yet.  On the CPU see `python -m kernels.bench`; registers and memory: compile_report.py.
+Tests: tests/kernels/test_kernels.py.  Read next: mean_shift.py.
 """
 
 import torch
@@ -43,7 +43,7 @@ from kernels import limits
 from kernels.tile import Launch, check_together, mode, multiprocessors, power_of_two, product, rounds, through_unit, unit
 
 # Tiles (ROWS features, CHUNK or CODES codes, warps) by (capability, mode, D rounded up to 32 or 64); capability None is
-# every GPU that has no entry of its own.  `python kernels/bench.py --tune` prints entries for the GPU it runs on; none was
+# every GPU that has no entry of its own.  `python -m kernels.bench --tune` prints entries for the GPU it runs on; none was
 # measured yet.  These compile without spilling (compile_report.py).
 TILES = {(None, "bf16", 32): dict(forward=(64, 64, 4), backward=(64, 128, 8)),
          (None, "bf16", 64): dict(forward=(64, 64, 4), backward=(64, 128, 8)),

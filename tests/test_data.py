@@ -1,36 +1,371 @@
-"""What data.py promises: datasets are read whole or refused in one line, their streams are keyed, check tells all."""
+"""What data.py promises: files read exactly or refused, augmentation worked by hand, streams that are keyed."""
 
+import colorsys
+import io
 import pickle
-import subprocess
-import sys
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 import data
-from data import Folder, label_sheet, layout, open_dataset, scored_on
-from images import IGNORE, InputError, checksum, palette
-from test_images import noise
-from test_published import NAMES, STEMS, WANTED, merged, packed
-from pat import preset
-from vocabulary import load_vocabulary
-from world import World
+from cli import InputError
+from data import (IGNORE, augment, colour_label, jitter, names_checksum, nearest_rows, palette, read_image, read_label,
+                  resize_short, rng_for, shift_hsv, to_tensor, to_unit)
+from published.datasets import open_dataset
+from published.folder import layout
+from tests.helpers import filled, noise, packed
+from world.scenes import World
 
 
-def filled(path):
-    """A folder of three pictures 6 wide and 8 high; classes sky, tree, road; 255 is unlabelled."""
-    for sub in ("images", "labels"):
-        (path / sub).mkdir()
-    for k, stem in enumerate(("b", "a", "c.1")):
-        Image.fromarray(noise(seed=k)).save(path / "images" / f"{stem}.png")
-        label = np.random.default_rng(k).integers(0, 3, (8, 6), dtype=np.uint8)
-        label[0, 0] = 255
-        Image.fromarray(label).save(path / "labels" / f"{stem}.png")
-    (path / "classes.txt").write_text("sky\ntree\nroad\n")
-    return path
+# ---- colours and tensors ----
+def test_a_class_has_the_same_colour_in_every_picture():
+    """Colour i does not depend on how many classes there are, 847 classes have 847 colours, and ignored is black."""
+    assert (palette(70) == palette(847)[:70]).all() and palette(847).dtype == np.uint8
+    assert len({tuple(c) for c in palette(847)}) == 847
+    picture = colour_label(np.array([[0, 2], [IGNORE, 1]]))
+    assert (picture[[0, 0, 1], [0, 1, 1]] == palette(3)[[0, 2, 1]]).all() and (picture[1, 0] == 0).all()
+
+
+def test_to_unit_undoes_to_tensor():
+    """Red 255: (1 - 0.48145466) / 0.26862954 = 1.9303; and back to 1, for one image or a batch."""
+    image = np.array([[[255, 0, 128]]], np.uint8)
+    tensor = to_tensor(image)
+    assert tensor.shape == (3, 1, 1) and tensor.dtype == torch.float32
+    assert tensor[0].item() == pytest.approx(1.9303, abs=1e-4)
+    for given in (tensor, tensor[None]):
+        assert torch.allclose(to_unit(given).flatten(), torch.tensor([1.0, 0.0, 128 / 255]), atol=1e-6)
+
+
+# ---- reading pictures ----
+def test_exif_orientation_is_applied(tmp_path):
+    """Orientation 6 says "turn me to the right": black beside white as stored is black above white upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, how in (("a.png", {}), ("a.tif", {}), ("b.tif", dict(compression="tiff_lzw"))):
+        Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / name, exif=exif, **how)
+        assert read_image(tmp_path / name)[..., 0].tolist() == [[0], [255]], name
+    Image.fromarray(np.array([[7, 300]], np.uint16)).save(tmp_path / "label.tif", exif=exif)
+    assert read_label(tmp_path / "label.tif").tolist() == [[7], [300]]          # PIL turns a TIFF, and so its label
+
+
+def test_transparent_pixels_are_laid_on_white(tmp_path):
+    """Red at alpha 0 is white, at 255 red, at 51 = a fifth: 0.2 * (200,0,0) + 0.8 * 255 = (244,204,204)."""
+    rgba = np.array([[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 51]]], np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    assert read_image(tmp_path / "rgba.png").tolist() == [[[255, 255, 255], [200, 0, 0], [244, 204, 204]]]
+    Image.fromarray(rgba[..., [0, 3]]).save(tmp_path / "la.png")
+    assert read_image(tmp_path / "la.png")[0, :, 0].tolist() == [255, 200, 244]
+    indexed = Image.fromarray(np.array([[0, 1]], np.uint8))
+    indexed.putpalette([9, 9, 9, 30, 60, 90])
+    indexed.save(tmp_path / "p.png", transparency=0)
+    assert read_image(tmp_path / "p.png").tolist() == [[[255, 255, 255], [30, 60, 90]]]
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path):
+    """0, 257, 32896 = 128 * 257 and 65535 become 0, 1, 128 and 255."""
+    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "i.tif")
+    for name in ("a.png", "i.tif"):
+        image = read_image(tmp_path / name)
+        assert image.dtype == np.uint8 and (image == np.array([0, 1, 128, 255])[None, :, None]).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
+def test_every_ordinary_mode_becomes_rgb(tmp_path, mode):
+    """White on the left, black on the right, whatever the file calls it; (H,W,3) uint8 comes out."""
+    picture = Image.fromarray(np.repeat(np.array([[255, 0]], np.uint8)[..., None], 3, 2)).convert(mode)
+    picture.save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif").tolist() == [[[255] * 3, [0] * 3]]
+
+
+def broken(kind, path):
+    """Write a file that cannot be used."""
+    whole = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(whole, "png")
+    if kind == "truncated":
+        path.write_bytes(whole.getvalue()[:3000])
+    elif kind == "bad chunk":
+        path.write_bytes(whole.getvalue()[:40] + b"\xff" * 40 + whole.getvalue()[80:])
+    elif kind == "text":
+        path.write_text("not an image")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "float":
+        Image.fromarray(np.ones((2, 2), np.float32)).save(path, "tiff")
+    elif kind == "bomb":                          # a header that promises 60000 x 60000 pixels
+        header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+        path.write_bytes(whole.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole.getvalue()[33:])
+    elif kind == "32 bits":
+        Image.fromarray(np.full((2, 2), 70000, np.int32)).save(path, "tiff")
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "bad chunk", "text", "empty", "folder", "float", "bomb",
+                                  "32 bits"])
+def test_an_unusable_picture_is_an_input_error_naming_the_file(tmp_path, kind):
+    """One line, with the path in it; never a decoder's own exception."""
+    broken(kind, tmp_path / "photo.png")
+    with pytest.raises(InputError, match="photo.png") as caught:
+        read_image(tmp_path / "photo.png")
+    assert "\n" not in str(caught.value)
+
+
+# ---- reading labels ----
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_labels_come_back_as_stored(tmp_path, suffix, dtype):
+    """8 and 16 bits, PNG and TIFF; ids above 255 survive (ADE has 847 classes and 65535 for unlabelled)."""
+    ids = np.array([[0, 1, 255], [7, 254, 3]] if dtype == np.uint8 else [[0, 256, 65535], [846, 300, 255]], dtype)
+    Image.fromarray(ids).save(tmp_path / f"a.{suffix}")
+    label = read_label(tmp_path / f"a.{suffix}")
+    assert label.dtype == np.int64 and label.tolist() == ids.tolist()
+
+
+def test_a_palette_label_keeps_its_indices(tmp_path):
+    """VOC's labels are palette PNGs: index 2 is class 2, whatever colour it is shown in, at 2, 4 or 8 bits a pixel."""
+    for bits in (2, 4, 8):
+        indexed = Image.fromarray(np.array([[0, 2], [1, 3]], np.uint8))
+        indexed.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+        indexed.save(tmp_path / "a.png", bits=bits)
+        assert read_label(tmp_path / "a.png").tolist() == [[0, 2], [1, 3]]
+
+
+def write_4_bit_grey(path):
+    """A 2x1 grey PNG of 4 bits a pixel holding 1 and 2; PIL would read it as 17 and 34."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0)
+    pixels = zlib.compress(b"\x00\x12")                             # a filter byte, then the two half bytes
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("kind, why", [
+    ("rgb", "colour-coded"), ("jpeg", "no exact ids"), ("float", "no exact ids"), ("4 bits", "rescales"),
+    ("missing", "cannot be read"), ("truncated", "cannot be read"), ("text", "cannot be read")])
+def test_a_label_that_is_no_index_map_is_refused(tmp_path, kind, why):
+    """Colours, lossy files and rescaled grey would all give wrong classes without a word."""
+    path = tmp_path / "map.png"
+    if kind in ("rgb", "jpeg"):
+        Image.fromarray(noise() if kind == "rgb" else noise()[..., 0]).save(path, "png" if kind == "rgb" else "jpeg")
+    elif kind == "4 bits":
+        write_4_bit_grey(path)
+    elif kind == "truncated":
+        Image.fromarray(noise(64, 64)[..., 0]).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+    else:
+        broken(kind, path)
+    with pytest.raises(InputError, match=f"map.png.*{why}"):
+        read_label(path)
+
+
+# ---- resizing and augmentation ----
+@pytest.mark.parametrize("h, w, want", [(480, 640, (640, 853)), (640, 427, (959, 640)), (100, 1000, (256, 2560)),
+                                        (481, 640, (640, 852)), (1, 9000, (1, 2560)),
+                                        (53, 1024, (132, 2560)), (3072, 33, (2560, 27))])
+def test_the_short_side_becomes_640_unless_the_long_one_passes_2560(h, w, want):
+    """480x640: 640 * 640/480 = 853.33 -> 853.  481x640: 851.56 -> 852.  100x1000 would be 6400 long.
+
+    53x1024: exactly 132.5, but 640 / (640 / 53 * 1024 / 2560) as detectron2 computes it is a hair less, so 132.
+    """
+    assert resize_short(np.zeros((h, w, 3), np.uint8), 640, 2560).shape == (*want, 3)
+
+
+def test_nearest_takes_the_pixel_under_the_centre():
+    """2 -> 5: centres .2, .6, 1.0, 1.4, 1.8 lie in pixels 0 0 1 1 1; 5 -> 2: 1.25 and 3.75 in 1 and 3."""
+    assert nearest_rows(2, 5).tolist() == [0, 0, 1, 1, 1] and nearest_rows(5, 2).tolist() == [1, 3]
+    assert nearest_rows(4, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_nearest_is_pils():
+    """The same pixel for every pair of sizes, borders between two pixels included, along rows and along columns."""
+    rng = np.random.default_rng(0)
+    pairs = [(old, new) for old in (*range(1, 12), 427, 480, 640, 1001) for new in (1, 2, 7, 320, 853, 960, 1280)]
+    for old, new in pairs + rng.integers(1, 2000, (100, 2)).tolist():
+        row = Image.fromarray(np.arange(old, dtype=np.int32)[None])
+        assert np.array(row.resize((new, 1), Image.NEAREST))[0].tolist() == nearest_rows(old, new).tolist(), (old, new)
+        column = row.transpose(Image.TRANSPOSE)
+        assert np.array(column.resize((1, new), Image.NEAREST))[:, 0].tolist() == nearest_rows(old, new).tolist()
+
+
+def test_a_resized_label_holds_no_new_ids():
+    """Nearest, so 0 beside 900 never gives 450, and IGNORE stays IGNORE.  2x2 to 5x5, all of it inside the window."""
+    given = np.array([[0, 900], [IGNORE, 900]])
+    image, label = augment(np.zeros((2, 2, 3), np.uint8), given, Dice([0.9], [10, 0, 0, 0]), 5)
+    assert label.dtype == np.int64 and set(np.unique(label)) == {IGNORE, 0, 900}
+    assert label[0, 0] == 0 and label[4, 0] == IGNORE and label[0, 4] == 900
+
+
+def plain_augment(image, label, rng, crop):
+    """`augment` without short cuts: everything resized whole by PIL, then cut; arithmetic on every pixel."""
+    h, w = label.shape
+    scale = crop * int(rng.integers(5, 16)) // 10 / min(h, w)
+    size = int(w * scale + 0.5), int(h * scale + 0.5)
+    image = np.array(Image.fromarray(image).resize(size, Image.BILINEAR)).astype(float)
+    label = np.array(Image.fromarray(label.astype(np.int32)).resize(size, Image.NEAREST))
+    y, x = (int(rng.integers(max(side - crop, 0) + 1)) for side in label.shape)
+    image, label = image[y:y + crop, x:x + crop], label[y:y + crop, x:x + crop]
+    bright, contrast, early, saturate, turn = rng.random(5) < 0.5
+    shift, factor, gain, hue = rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2), int(rng.integers(-18, 19))
+    image = np.floor((image + shift * bright).clip(0, 255))
+    image = np.floor((image * factor).clip(0, 255)) if contrast and early else image
+    if saturate or turn:
+        hsv = np.array(Image.fromarray(image.astype(np.uint8)).convert("HSV")).astype(float)
+        hsv[..., 0] = (hsv[..., 0] + round(hue * turn * 255 / 180)) % 255
+        hsv[..., 1] = np.floor((hsv[..., 1] * (gain if saturate else 1)).clip(0, 255))
+        bands = [Image.fromarray(band) for band in np.moveaxis(hsv.astype(np.uint8), 2, 0)]
+        image = np.array(Image.merge("HSV", bands).convert("RGB")).astype(float)
+    image = np.floor((image * factor).clip(0, 255)) if contrast and not early else image
+    if rng.random() < 0.5:
+        image, label = image[:, ::-1], label[:, ::-1]
+    canvas, ids = np.full((crop, crop, 3), 128.0), np.full((crop, crop), IGNORE)
+    canvas[:image.shape[0], :image.shape[1]], ids[:label.shape[0], :label.shape[1]] = image, label
+    return canvas, ids
+
+
+def test_the_fast_way_is_the_plain_way():
+    """Tables of 256 values and windows of labels give the very pixels of the plain arithmetic, draw after draw."""
+    for n in range(60):
+        shape = rng_for(1, n).integers(20, 90, 2)
+        image, label = noise(*shape, seed=n), rng_for(2, n).integers(-1, 300, shape)
+        fast, plain = (f(image, label, rng_for(0, 3, n), 48) for f in (augment, plain_augment))
+        assert (fast[0] == plain[0]).all() and (fast[1] == plain[1]).all(), n
+
+
+def test_to_tensor_is_the_plain_arithmetic_bit_by_bit():
+    """(value / 255 - mean) / std in float32, for all 256 values of each channel; views are fine too."""
+    image = np.arange(256, dtype=np.uint8)[None, ::-1, None].repeat(3, 2)
+    plain = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+    plain = (plain - torch.tensor(data.MEAN).view(3, 1, 1)) / torch.tensor(data.STD).view(3, 1, 1)
+    assert torch.equal(to_tensor(image), plain)
+
+
+class Dice:
+    """A stand-in generator whose throws are written down: `coins` for random(), `ints` for integers()."""
+
+    def __init__(self, coins, ints, five=(0.9,) * 5):
+        self.coins, self.ints, self.five = list(coins), list(ints), np.array(five)
+
+    def random(self, n=None):
+        return self.coins.pop(0) if n is None else self.five
+
+    def integers(self, *bounds):
+        value = self.ints.pop(0)
+        assert np.arange(*bounds)[[0, -1]][0] <= value <= np.arange(*bounds)[-1]
+        return value
+
+    def uniform(self, low, high, n=None):
+        return float(high) if n is None else np.array([float(high)] * n)
+
+
+def test_a_flip_moves_image_and_label_together():
+    """Crop 4, scale 10 / 10, no jitter, coin 0.1 < 0.5: the columns of both come out backwards."""
+    image, label = noise(4, 4), np.arange(16).reshape(4, 4)
+    still = augment(image, label, Dice([0.9], [10, 0, 0, 0]), 4)
+    flipped = augment(image, label, Dice([0.1], [10, 0, 0, 0]), 4)
+    assert (still[0] == image).all() and (still[1] == label).all()
+    assert (flipped[0] == image[:, ::-1]).all() and (flipped[1] == label[:, ::-1]).all()
+
+
+def test_a_short_image_is_padded_right_and_below():
+    """4x4 at scale 5 / 10 in a crop of 4: 2x2 of image, the rest grey 128 and IGNORE - after the flip, not before."""
+    image, label = augment(np.full((4, 4, 3), 10, np.uint8), np.full((4, 4), 3), Dice([0.1], [5, 0, 0, 0]), 4)
+    assert label.tolist() == [[3, 3, IGNORE, IGNORE]] * 2 + [[IGNORE] * 4] * 2
+    assert (image[label == 3] == 10).all() and (image[label == IGNORE] == 128).all()
+
+
+def test_the_window_is_where_the_dice_say():
+    """A 4x6 image, crop 4, window at y = 0, x = 2: columns 2 to 5."""
+    image, label = noise(4, 6), np.arange(24).reshape(4, 6)
+    out = augment(image, label, Dice([0.9], [10, 0, 2, 0]), 4)
+    assert (out[0] == image[:, 2:]).all() and (out[1] == label[:, 2:]).all()
+
+
+def test_the_eleven_scales_of_a_640_crop():
+    """Short sides 320, 384, ..., 960, all drawn; here a square of 640 shows its scale as its unpadded width."""
+    sides = set()
+    for step in range(5, 16):
+        image, label = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.int64)
+        sides.add(int((augment(image, label, Dice([0.9], [step, 0, 0, 0]), 640)[1][0] == 0).sum()))
+    assert sides == {320, 384, 448, 512, 576, 640}                  # the larger five fill the crop
+    drawn = {int(rng_for(0, 3, n).integers(5, 16)) for n in range(200)}
+    assert drawn == set(range(5, 16))
+
+
+def coded(label):
+    """An image whose colour tells its label: class i is grey-free colour number i, far from every other."""
+    hues = [colorsys.hsv_to_rgb(i / 4, 1, 0.6) for i in range(4)]
+    return np.round(255 * np.array(hues)).astype(np.uint8)[label]
+
+
+def test_image_and_label_stay_aligned_through_everything(monkeypatch):
+    """Image colours encode the label; after resize, window, flip and pad they still decode to it, away from borders."""
+    monkeypatch.setattr(data, "jitter", lambda image, rng: image)
+    label = np.kron(np.random.default_rng(0).integers(0, 4, (6, 8)), np.ones((20, 20), np.int64))
+    table = coded(np.arange(4)).astype(int)
+    for n in range(30):
+        image, out = augment(coded(label), label, rng_for(0, 3, n), 96)
+        assert image.shape == (96, 96, 3) and out.shape == (96, 96)
+        assert image.dtype == np.uint8 and out.dtype == np.int64
+        known = out != IGNORE
+        decoded = abs(image[..., None, :].astype(int) - table).sum(-1).argmin(-1)
+        assert (decoded == out)[known].mean() > 0.95 and (image[~known] == 128).all()       # bilinear blurs the borders
+        same = (out[1:-1, 1:-1] == out[:-2, 1:-1]) & (out[1:-1, 1:-1] == out[2:, 1:-1])
+        same &= (out[1:-1, 1:-1] == out[1:-1, :-2]) & (out[1:-1, 1:-1] == out[1:-1, 2:]) & known[1:-1, 1:-1]
+        assert (decoded == out)[1:-1, 1:-1][same].mean() > 0.998
+
+
+def test_hue_and_saturation_leave_grey_alone_and_turn_red_into_yellow():
+    """Grey has no hue to turn; 60 degrees (30 of OpenCV's) from red: yellow; saturation 0 leaves the largest value."""
+    grey = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
+    assert (shift_hsv(grey, 1.5, 18) == grey).all()
+    red = np.array([[[200, 0, 0]]], np.uint8)
+    assert abs(shift_hsv(red, turn=30).astype(int) - [200, 200, 0]).max() <= 5          # PIL's hue steps: 1.4 degrees
+    assert abs(shift_hsv(red, turn=-60).astype(int) - [0, 0, 200]).max() <= 5
+    assert shift_hsv(red, gain=0.0).tolist() == [[[200, 200, 200]]]
+    assert abs(shift_hsv(noise(50, 50)).astype(int) - noise(50, 50)).mean() < 1         # a round trip, nothing asked
+
+
+def test_brightness_and_contrast_by_hand():
+    """Pixel 100, shift +32, factor 1.5: 132, 150, and both (132 * 1.5 = 198); 250 stops at 255."""
+    image = np.array([[[100, 100, 100], [250, 250, 250]]], np.uint8)
+    yes, no = 0.1, 0.9
+    cases = ((yes, no, [132, 255]), (no, yes, [150, 255]), (yes, yes, [198, 255]), (no, no, [100, 250]))
+    for bright, contrast, want in cases:
+        for early in (yes, no):
+            assert jitter(image, Dice([], [0], (bright, contrast, early, no, no)))[0, :, 0].tolist() == want
+
+
+def test_the_two_orders_of_contrast_differ():
+    """(200,100,100) has saturation 1/2; contrast and saturation times 1.5, in either order.
+
+    Contrast first: (255,150,150) after clipping, saturation 105/255 * 1.5 = 0.618, others 255 * 0.382 = 97.5.
+    Contrast last: saturation 0.75 makes (200,50,50), times 1.5 (255,75,75).
+    """
+    image = np.array([[[200, 100, 100]]], np.uint8)
+    early = jitter(image, Dice([], [0], (0.9, 0.1, 0.1, 0.1, 0.9)))[0, 0].astype(int)
+    late = jitter(image, Dice([], [0], (0.9, 0.1, 0.9, 0.1, 0.9)))[0, 0].astype(int)
+    assert abs(early - [255, 97, 97]).max() <= 2 and abs(late - [255, 75, 75]).max() <= 2
+
+
+def test_hue_and_saturation_have_a_coin_each():
+    """Hue by its largest step, 18 of OpenCV's = 36 degrees, saturation by 1.5; neither waits for the other."""
+    image, no = noise(), 0.9
+    turned, saturated = (jitter(image, Dice([], [18], (no, no, no, *coins))) for coins in ((no, 0.1), (0.1, no)))
+    assert (turned == shift_hsv(image, 1.0, 18)).all() and (saturated == shift_hsv(image, 1.5, 0)).all()
+
+
+def test_jitter_changes_half_of_the_pictures_each_way():
+    """All four changes miss with probability 1/16, so about 1 of 16 pictures comes back untouched."""
+    image = noise()
+    untouched = sum((jitter(image, rng_for(0, 3, n)) == image).all() for n in range(800))
+    assert 25 <= untouched <= 80                                    # 50 expected, sigma 6.8
 
 
 # ---- what every dataset promises: a new class gets a line in this table ----
@@ -47,11 +382,12 @@ def dataset(request, tmp_path):
 
 
 def test_a_dataset_says_what_it_is(dataset):
-    """Names once each, groups of their ids, the size of a crop; checksum, route and key are text: score files hold them."""
+    """Names once each, groups of their ids, the size of a crop; checksum, route, key: text, which score files hold."""
     for names in (dataset.names, dataset.train_names):
         assert len(set(names)) == len(names) > 0 and all(type(name) is str for name in names)
     assert all(0 <= i < len(dataset.names) for ids in dataset.groups.values() for i in ids)
-    assert dataset.crop > 0 and all(type(text) is str and text for text in (dataset.checksum, dataset.route, dataset.key))
+    assert dataset.crop > 0
+    assert all(type(text) is str and text for text in (dataset.checksum, dataset.route, dataset.key))
 
 
 def test_a_training_sample_is_a_function_of_seed_and_number(dataset):
@@ -82,256 +418,3 @@ def test_a_test_sample_keeps_the_labels_size_and_iterating_ends(dataset):
         assert s["label"].dtype == torch.int64 and s["original"].shape == (*s["label"].shape, 3)
         assert s["original"].dtype == np.uint8 and (s["label"] != IGNORE).any()
         assert set(s["label"].unique().tolist()) <= {IGNORE, *range(len(dataset.names))}
-
-
-# ---- folders ----
-@pytest.fixture
-def root(tmp_path):
-    return filled(tmp_path)
-
-
-def test_a_folder_without_a_known_layout_has_no_class(root):
-    """What tells a layout is a file in it; training then looks for COCO-Stuff there."""
-    assert layout(root) is Folder
-    (root / "classes.txt").unlink()
-    assert layout(root) is None and layout(root / "gone") is None
-
-
-def test_a_folder_reads_its_pairs_in_order_of_their_names(root):
-    """Test images are resized (short side 12 here), labels and originals keep the file's size; 255 becomes IGNORE."""
-    (root / "images" / ".DS_Store").write_text("clutter")
-    folder = Folder(root, short_side=12)
-    assert folder.names == ("sky", "tree", "road") and folder.groups == {} and len(folder) == 3
-    assert folder.checksum == checksum(("sky", "tree", "road")) and folder.route == "a folder with classes.txt"
-    assert [s["name"] for s in folder] == ["a", "b", "c.1"]
-    sample = folder[0]
-    assert sample["image"].shape == (3, 16, 12) and sample["image"].dtype == torch.float32
-    assert (sample["original"] == noise(seed=1)).all() and sample["label"].shape == (8, 6)
-    assert sample["label"][0, 0] == IGNORE and sample["label"].dtype == torch.int64
-    assert (sample["label"].flatten()[1:] >= 0).all()
-
-
-def test_a_run_is_scored_on_its_validation_folder_else_on_its_training_folder_else_on_the_world(root):
-    """An imported run says of none of them, and is told what to give."""
-    dataset, where = scored_on(preset("world", data="nowhere", val_data=str(root)))
-    assert isinstance(dataset, Folder) and len(dataset) == 3 and where == str(root)
-    dataset, where = scored_on(preset("world", data=str(root), ignore=254, short_side=12))
-    assert isinstance(dataset, Folder) and (dataset.ignore, dataset.short_side) == (254, 12) and "training" in where
-    dataset, _ = scored_on(preset("world"), 7)
-    assert isinstance(dataset, World) and dataset.split == "val" and len(dataset) == 7
-    with pytest.raises(InputError, match="--data DIR"):
-        scored_on(preset("coco"))
-
-
-def test_given_names_replace_the_file(root):
-    """With names= there need be no classes.txt."""
-    (root / "classes.txt").unlink()
-    assert Folder(root, names=["x", "y", "z"]).names == ("x", "y", "z")
-
-
-def test_a_folder_with_more_than_255_classes(root):
-    """300 classes in 16-bit labels: id 255 is a class like any other and 65535 is unlabelled."""
-    (root / "classes.txt").write_text("\n".join(f"class {i}" for i in range(300)))
-    for path in (root / "labels").iterdir():
-        Image.fromarray(np.array([[299, 255, 65535]] * 8, np.uint16).repeat(2, 1)).save(path)
-    label = Folder(root, ignore=65535)[0]["label"]
-    assert label[0].tolist() == [299, 299, 255, 255, IGNORE, IGNORE]
-    with pytest.raises(InputError, match="255.*'class 255'"):
-        Folder(root)                                                # 255 cannot be both a class and unlabelled
-
-
-def test_a_rotated_photo_needs_an_upright_label(root):
-    """EXIF turns the 6x8 picture to 8x6; a label of 6x8 does not fit, one of 8x6 does."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(noise()).save(root / "images" / "a.png", exif=exif)
-    with pytest.raises(InputError, match=r"a.png: is 6x8, but .*a.png is 8x6 \(after EXIF"):
-        Folder(root)[0]
-    Image.fromarray(np.zeros((6, 8), np.uint8)).save(root / "labels" / "a.png")
-    assert Folder(root)[0]["original"].shape == (6, 8, 3)
-
-
-def test_a_folders_stream_is_keyed_and_every_epoch_visits_every_image(root):
-    """Sample n is a function of (seed, n) alone; three samples are an epoch; another seed or epoch, another order."""
-    one, two = Folder(root, crop=8), Folder(root, crop=8)
-    forward = [one.draw(5, n) for n in range(6)]
-    backward = [two.draw(5, n) for n in reversed(range(6))][::-1]
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(forward, backward))
-    assert forward[0][0].shape == (3, 8, 8) and forward[0][1].shape == (8, 8) and forward[0][1].dtype == torch.int64
-    assert not torch.equal(one.draw(5, 0)[0], one.draw(6, 0)[0])
-    visited = []
-    one.read = lambda i: visited.append(int(i)) or (noise(), np.zeros((8, 6), np.int64))
-    for n in range(30):
-        one.draw(5, n)
-    epochs = [tuple(visited[k:k + 3]) for k in range(0, 30, 3)]
-    assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs) and len(set(epochs)) > 1
-
-
-def unpair(root):
-    """Five images that have no label."""
-    for k in range(5):
-        Image.fromarray(noise()).save(root / "images" / f"lone{k}.jpg")
-
-
-SPOILED = {                                       # what went wrong: (how to get there, what the message must say)
-    "no images folder": (lambda r: [p.unlink() for p in (r / "images").iterdir()] and (r / "images").rmdir(),
-                         "images: no such folder"),
-    "empty images folder": (lambda r: [p.unlink() for p in (r / "images").iterdir()], "images: holds no files"),
-    "sub-folder": (lambda r: (r / "images" / "train").mkdir(), "train: is a folder"),
-    "image without label": (unpair, r"no label for lone0.jpg, lone1.jpg, lone2.jpg and 2 more"),
-    "label without image": (lambda r: (r / "images" / "b.png").unlink(), "no image for b.png"),
-    "stem twice": (lambda r: Image.fromarray(noise()).save(r / "images" / "a.jpg"), "a.png: has the stem of a.jpg"),
-    "no classes": (lambda r: (r / "classes.txt").unlink(), "classes.txt: cannot be read"),
-    "classes not text": (lambda r: (r / "classes.txt").write_bytes(b"\xff\xfe\xfa"), "classes.txt: cannot be read"),
-    "classes empty": (lambda r: (r / "classes.txt").write_text(""), "classes.txt: holds no class names"),
-    "classes blank": (lambda r: (r / "classes.txt").write_text("sky\n\nroad\n"), "classes.txt: line 2 is blank"),
-    "classes doubled": (lambda r: (r / "classes.txt").write_text("sky\ntree\nsky\n"),
-                        "classes.txt: line 3 repeats line 1, 'sky'"),
-}
-
-
-@pytest.mark.parametrize("what", SPOILED)
-def test_a_spoiled_folder_is_refused_before_training_starts(root, what):
-    """At construction, in one line, naming the file and the line."""
-    spoil, message = SPOILED[what]
-    spoil(root)
-    with pytest.raises(InputError, match=message) as caught:
-        Folder(root)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_id_without_a_name_is_refused_when_read(root):
-    """Class 200 of 3: the message names the id, the file and the remedy."""
-    Image.fromarray(np.full((8, 6), 200, np.uint8)).save(root / "labels" / "b.png")
-    folder = Folder(root)
-    folder[0]
-    with pytest.raises(InputError, match=r"b.png: has class id 200, but the 3 names are ids 0 to 2; .*ignore value"):
-        folder[1]
-
-
-# ---- published datasets ----
-@pytest.mark.parametrize("name", NAMES)
-def test_a_published_dataset_has_the_face_of_a_folder(tmp_path, name):
-    """Names, checksum and groups of its vocabulary; test pairs at 12 x 18; training pairs of 8 x 8."""
-    dataset, vocabulary = open_dataset(name, packed(tmp_path, name), crop=8, short_side=12), load_vocabulary(name)
-    assert dataset.names == dataset.train_names == vocabulary.names and dataset.checksum == vocabulary.checksum
-    assert sum(map(len, dataset.groups.values())) == len(dataset.names) and dataset.crop == 8 and len(dataset) == 2
-    sample = dataset[1]
-    assert sample["image"].shape == (3, 12, 18) and sample["original"].shape == (2, 3, 3)
-    assert sample["name"] == STEMS[name][1] and sample["label"].tolist() == WANTED[name][::-1]
-    image, label = dataset.draw(5, 0)
-    assert image.shape == (3, 8, 8) and label.shape == (8, 8) and label.dtype == torch.int64
-    assert set(label.unique().tolist()) <= {IGNORE, *np.unique(WANTED[name]).tolist()}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_worker_processes_read_archives_as_one_process_does(tmp_path, name):
-    """Two workers, and a copy that travelled by pickle, give the samples of this process, in order."""
-    dataset = open_dataset(name, packed(tmp_path, name), crop=8, short_side=12)
-    alone = [dataset[i] for i in range(2)]
-    copy = pickle.loads(pickle.dumps(dataset))
-    for there in ([copy[i] for i in range(2)], list(DataLoader(dataset, None, num_workers=2))):
-        assert [s["name"] for s in there] == list(STEMS[name])
-        assert all(torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
-                   for a, b in zip(alone, there))
-
-
-def test_other_names_replace_the_published_ones_class_by_class(tmp_path):
-    """"tvmonitor" for "tv", as other lists have it: another checksum, other groups; labels stay what they are."""
-    names = load_vocabulary("voc20").names
-    assert names[19] == "tv"
-    dataset = open_dataset("voc20", packed(tmp_path, "voc20"), names=[*names[:19], "tvmonitor"])
-    assert dataset.names[19] == "tvmonitor" and 19 in dataset.groups["unseen"]
-    assert dataset.checksum == checksum(dataset.names, range(1, 21)) != load_vocabulary("voc20").checksum
-    with pytest.raises(InputError, match="--names: has 19 names, but these labels have 20 classes"):
-        open_dataset("voc20", tmp_path, names=names[:19])
-    with pytest.raises(InputError, match="--names: class 0 is 'bicycle', which is class 1 of these labels"):
-        open_dataset("voc20", tmp_path, names=(names[1], names[0], *names[2:]))
-
-
-def test_a_label_of_another_size_is_refused(tmp_path):
-    """Both files are named; here the label is 4 wide and 2 high."""
-    dataset = open_dataset("ade150", packed(tmp_path, "ade150", [[1, 2, 3, 4]] * 2))
-    with pytest.raises(InputError, match=r"validation/ADE_val_00000001.png: is 4x2, but .*00000001.jpg is 3x2"):
-        dataset[0]
-
-
-# ---- check and show ----
-def test_check_tells_what_is_there_and_what_is_missing(tmp_path, capsys):
-    """Six sets in archives, PC-59 by its masks, no COCO train: counts, ids, void, places, routes, where to get it."""
-    for name in NAMES:
-        packed(tmp_path, name)
-    data.check(merged(tmp_path))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "coco-stuff train: not there; it needs train2017.zip (images.cocodataset.org/zips)"
-    # six pixels twice: ids 0, 170 and 11 once each; three of six are void
-    assert lines[1] == "coco-stuff val: 2 of 5,000 images; 2 labels read: 3 of 171 ids from 0 to 170, void 50.0%"
-    assert lines[2] == "    val2017.zip + stuffthingmaps_trainval2017.zip (stuffthingmaps), names 2dbb74408f35141f"
-    assert "pc59 val: 2 of 5,104 images; 2 labels read: 4 of 59 ids from 0 to 58, void 41.7%" in lines     # 5 of 12
-    assert "    VOCtrainval_03-May-2010.tar + trainval_merged.json (route A, trainval_merged.json), names " \
-           "7c52724d4e9d646f" in lines
-    assert "ade847 val: 2 of 2,000 images; 2 labels read: 4 of 847 ids from 0 to 846, void 33.3%" in lines
-    assert len(lines) == 13
-
-
-def test_check_of_the_first_labels_only(tmp_path, capsys):
-    """--images 1 reads one label of each set, and says so."""
-    data.main(["check", str(packed(tmp_path, "voc20")), "--images", "1"])
-    assert "voc20 val: 2 of 1,449 images; 1 labels read: 4 of 20 ids from 0 to 19, void 33" in capsys.readouterr().out
-
-
-def test_check_goes_on_after_a_broken_set_and_ends_with_status_2(tmp_path):
-    """The line of the broken set says what to do; the others are still told."""
-    packed(tmp_path, "voc20")
-    packed(tmp_path, "ade150", [[200, 0, 0]] * 2)
-    done = subprocess.run([sys.executable, data.__file__, "check", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2 and "1 of the datasets above cannot be used" in done.stderr.splitlines()[-1]
-    assert "ade150 val: UNUSABLE\n" in done.stdout and "holds the value 200" in done.stdout
-    assert "voc20 val: 2 of 1,449 images" in done.stdout and "Traceback" not in done.stderr
-
-
-def test_check_of_a_folder_of_your_own(root, capsys):
-    data.main(["check", str(root)])
-    assert capsys.readouterr().out.startswith("folder: 3 images; 3 labels read: 3 of 3 ids from 0 to 2, void 2.1%\n")
-
-
-def test_show_draws_images_beside_their_labels_with_a_legend(tmp_path):
-    """Half red, half green image of 200x100, its label sky above tree: the colours of class 0 and 1 beside it."""
-    for sub in ("images", "labels"):
-        (tmp_path / sub).mkdir()
-    picture, label = np.zeros((100, 200, 3), np.uint8), np.zeros((100, 200), np.uint8)
-    picture[:, :100], picture[:, 100:], label[50:], label[:, 190:] = (255, 0, 0), (0, 255, 0), 1, 255
-    Image.fromarray(picture).save(tmp_path / "images" / "a.png")
-    Image.fromarray(label).save(tmp_path / "labels" / "a.png")
-    (tmp_path / "classes.txt").write_text("sky\ntree\nroad\n")
-    sheet = np.array(label_sheet(Folder(tmp_path), width=320))
-    assert sheet.shape[1] == 4 * 320 + 8
-    for (x, y), colour in {(80, 80): (255, 0, 0), (240, 80): (0, 255, 0), (400, 20): palette(2)[0],
-                           (400, 140): palette(2)[1], (635, 80): (0, 0, 0)}.items():
-        assert (sheet[y, x] == colour).all(), (x, y)
-    swatches = [tuple(sheet[171, 11 + 250 * k]) for k in range(4)]                # sky and tree were seen, road was not
-    assert swatches == [tuple(palette(2)[0]), tuple(palette(2)[1]), (0, 0, 0), (255, 255, 255)]
-
-
-def test_show_writes_the_sheet_of_a_published_set(tmp_path, monkeypatch, capsys):
-    """NAME.png, or --out; the line says how many images, the route and the checksum of the names."""
-    monkeypatch.chdir(packed(tmp_path, "pc459"))
-    data.main(["show", ".", "pc459"])
-    assert capsys.readouterr().out == "pc459.png: 2 of 2 images, LabelMap of the .mat files, names 459be945e89c4612\n"
-    assert Image.open("pc459.png").size[0] == 1288
-    names = load_vocabulary("pc459").names
-    (tmp_path / "names.txt").write_text("\n".join((*names[:-1], "woollen things")))
-    data.main(["show", ".", "pc459", "--out", "b.png", "--names", "names.txt"])
-    assert "459be945e89c4612" not in capsys.readouterr().out and (tmp_path / "b.png").exists()
-
-
-@pytest.mark.parametrize("arguments, words", [
-    ([], "usage: python data.py check DIR"), (["check"], "usage:"), (["show", "."], "say which, coco-stuff"),
-    (["show", ".", "ade"], "no dataset 'ade'"), (["check", "gone"], "gone: no such folder"),
-    (["check", ".", "--images", "0"], "--images 0: at least 1"), (["paint", "."], "invalid choice"),
-    (["show", ".", "pc59"], "Pascal Context 59 val is not there")])
-def test_a_wrong_command_is_one_line(tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=words) as caught:
-        data.main(arguments)
-    assert "\n" not in str(caught.value)

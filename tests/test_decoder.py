@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from images import InputError
-from decoder import SPADE, Decoder, DecoderBlock, DySample, PooledSelfAttn, Up, log2
+from cli import InputError
+from decoder import SPADE, CrossAttn, Decoder, DecoderBlock, DySample, PooledSelfAttn, Up, log2
 
 
 def small(**changes):
@@ -123,3 +123,40 @@ def test_the_names_and_the_number_of_stages_are_the_scales():
 def test_scales_that_are_no_powers_of_two_are_refused():
     with pytest.raises(InputError, match="factor of 3"):
         log2(3, "up-sampling")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stages", [None, ("mid", "late"), ()], ids=str)
+def test_the_decoder_is_the_headers_lines(stages):
+    """Every line of Eq. 3 again in plain calls: y up, SPADE on the stage's codes, then the queries read that y; two heads."""
+    decoder, zq, q0 = small(stages=stages).train(), codes(), torch.randn(2, 5, 12)
+    last = lambda x: x.permute(0, 2, 3, 1)                                                # noqa: E731
+    first = lambda x: x.permute(0, 3, 1, 2)                                               # noqa: E731
+    y, q = decoder.lift["latent"](last(zq["latent"])), decoder.query(q0)
+    for stage, finer in (("late", 1), ("mid", 2), ("early", 4)):
+        y = last(decoder.up[stage](first(y)))
+        if stages is None or stage in stages:
+            y = decoder.spade[stage](y, finer, decoder.lift[stage](last(zq[stage])))
+            q = decoder.cross[stage](q, y)
+    between = decoder.norm(y)
+    for block in decoder.plain:
+        y = block(y, 4)
+    y = decoder.norm(y)
+    out = decoder(zq, q0)
+    for i, seen in enumerate((between, y)):
+        masks, bias = decoder.head(q, seen, last(F.avg_pool2d(first(seen), 4)))
+        assert torch.equal(out["masks"][i], masks) and torch.equal(out["bias"][i], bias)
+    assert torch.equal(out["image"], decoder.pixel_head(first(y)))
+    alone = decoder.eval()(zq, q0)
+    assert torch.equal(alone["masks"][0], out["masks"][1]) and len(alone["bias"]) == 1
+
+
+@torch.no_grad()
+def test_the_decoders_blocks_by_hand():
+    """Two SPADEs before attention and MLP; queries read the map through a cross-attention whose norms come after."""
+    block, y, c = DecoderBlock(16, 2, 8), torch.randn(1, 4, 4, 16), torch.randn(1, 4, 4, 16)
+    after = y + block.attn(block.norm1(y, c), 2)
+    assert torch.equal(block(y, 2, c), after + block.mlp(block.norm2(after, c)))
+    cross, q = CrossAttn(16, 2), torch.randn(1, 3, 16)
+    after = cross.norm1(q + cross.attn(q, y.flatten(1, 2), y.flatten(1, 2)))
+    assert torch.equal(cross(q, y), cross.norm2(after + cross.mlp(after)))

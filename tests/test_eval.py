@@ -1,335 +1,221 @@
-"""What eval.py promises: honest tables and pictures of a run, and no half-written files."""
+"""What eval.py promises: both mIoU rules by hand, honest numbers for a repainted image, one table of a run."""
 
-import dataclasses
 import json
-import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from scipy.ndimage import gaussian_filter1d
 
 import eval as E
-from checkpoint import save_checkpoint
-from data import Published
-from images import InputError, checksum
-from pat import build
-from test_published import STEMS, packed, unpacked
-from test_tally import FakeInception, FakeModel, FakeVLM, TwoHalves
-from test_train import tiny
-from vocabulary import DATASETS, load_vocabulary
+from cli import InputError
+from eval import Pass, evaluate
+from tests.helpers import FakeModel, Noisy, TwoHalves, fake_runs
+
+QUIET = Pass(progress=False)
 
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    """Folders `pat` and `san` that load as the fake models, and an empty folder `data`."""
-    for name in ("pat", "san", "data"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr(E, "load_run", lambda run, device="cpu": (m := FakeModel(Path(run).name == "pat"), m.config))
-    monkeypatch.setattr(E, "VLM", FakeVLM)
-    monkeypatch.setattr(E, "open_model", lambda name, pretrained: (None, None))
-    monkeypatch.setattr(E, "patches_of", lambda *args, **kwargs: {})
-    monkeypatch.setattr(E, "run_pictures", lambda *args, **kwargs: {"masks": Image.new("RGB", (8, 8))})
-    monkeypatch.setattr("data.World", lambda *args, **kwargs: TwoHalves())
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return fake_runs(monkeypatch, tmp_path)
 
 
-def test_the_score_command_writes_table_json_and_pictures(runs, capsys):
+# --- both mIoU rules, by hand ---------------------------------------------------------------------------------------
+
+#                        true:  0  1  2  ignored
+MATRIX = torch.tensor([[4, 2, 0, 3],                          # said 0   G = (4, 6, 0): name 2 never occurs,
+                       [0, 2, 0, 0],                          # said 1   P = (6, 2, 1): but one pixel was given to it,
+                       [0, 1, 0, 0],                          # said 2   T = (4, 2, 0): and one pixel stayed unnamed
+                       [0, 1, 0, 5]])                         # unnamed  the ignored column must change nothing
+
+
+def test_both_miou_rules_worked_by_hand():
+    """IoU = 4/(4+6-4), 2/(6+2-2), 0/(0+1-0): the new rule averages the first two, the old one divides by three."""
+    s = E.scores(MATRIX, {})
+    assert s["IoU"] == pytest.approx([4 / 6, 2 / 6, None])
+    assert s["mIoU"] == pytest.approx((4 / 6 + 2 / 6) / 2)
+    assert s["mIoU_old_rule"] == pytest.approx((4 / 6 + 2 / 6) / 3)
+    assert s["pixel_accuracy"] == pytest.approx(6 / 10)
+    assert s["mean_accuracy"] == pytest.approx((4 / 4 + 2 / 6) / 2)
+    assert s["fwIoU"] == pytest.approx(0.4 * 4 / 6 + 0.6 * 2 / 6)
+    assert s["pixels"] == [4, 6, 0] and (s["absent"], s["absent_predicted"]) == (1, 1)
+
+
+def test_both_rules_agree_when_no_absent_name_is_predicted():
+    matrix = MATRIX.clone()
+    matrix[2] = 0
+    s = E.scores(matrix, {})
+    assert s["mIoU"] == s["mIoU_old_rule"] and (s["absent"], s["absent_predicted"]) == (1, 0)
+
+
+def test_an_unnamed_pixel_is_a_miss_of_its_true_name():
+    named, unnamed = torch.zeros(3, 3), torch.zeros(3, 3)
+    named[0, 0], unnamed[0, 0], unnamed[2, 0] = 2, 1, 1
+    assert E.scores(named, {})["IoU"][0] == 1 and E.scores(unnamed, {})["IoU"][0] == 0.5
+
+
+def test_groups_and_foreground_accuracy_by_hand():
+    """Names 0, 1 are objects, 2 is stuff.  Calling object 1 object 0 keeps the foreground right; calling it stuff does not."""
+    matrix = torch.tensor([[4, 2, 1, 0], [0, 2, 0, 0], [0, 1, 9, 0], [0, 1, 0, 0]])
+    s = E.scores(matrix, {"seen": (0,), "unseen": (1,), "stuff": (2,)})
+    assert s["mIoU_seen"] == pytest.approx(4 / 7)
+    assert s["mIoU_unseen"] == pytest.approx(2 / 6)
+    assert s["mIoU_stuff"] == pytest.approx(9 / 11)
+    assert s["foreground_accuracy"] == pytest.approx((4 + 2 + 2 + 9) / 20)
+
+
+def test_confusion_counts_pairs_and_sets_ignored_pixels_aside():
+    prediction, label = torch.tensor([[0, 1, 1], [-1, 0, -1]]), torch.tensor([[0, 0, -1], [1, -1, -1]])
+    assert E.confusion(prediction, label, 2).tolist() == [[1, 0, 1],       # said 0: once right, once where nobody knows
+                                                          [1, 0, 1],       # said 1: once instead of 0, once unknown
+                                                          [0, 1, 1]]       # unnamed
+
+
+def test_a_prediction_on_ignored_pixels_changes_no_score():
+    label = torch.tensor([[0, 1, -1, -1]])
+    right, wild = torch.tensor([[0, 1, 0, 0]]), torch.tensor([[0, 1, 2, 1]])
+    assert E.scores(E.confusion(right, label, 3), {}) == E.scores(E.confusion(wild, label, 3), {})
+
+
+def test_one_matrix_over_the_set_is_not_the_mean_over_images():
+    """A tiny image counts by its pixels: 1 of 1 right and 0 of 3 right make 1/4, not 1/2."""
+    good = E.confusion(torch.tensor([[0]]), torch.tensor([[0]]), 2)
+    bad = E.confusion(torch.tensor([[1, 1, 1]]), torch.tensor([[0, 0, 0]]), 2)
+    assert E.scores(good + bad, {})["mIoU"] == 0.25
+
+
+@pytest.mark.parametrize("label, words", [([[0, 2]], "id 2 but only 2 names"), ([[0, 1, 1]], "its label")])
+def test_labels_that_do_not_fit_are_refused(label, words):
+    with pytest.raises(InputError, match=words):
+        E.confusion(torch.tensor([[0, 1]]), torch.tensor(label), 2)
+
+
+def test_an_empty_ground_truth_has_no_score_instead_of_nan():
+    assert E.scores(torch.zeros(3, 3), {})["mIoU"] is None
+
+
+def test_chance_in_closed_form_is_what_guessing_gives():
+    """Closed form by hand for G = (30, 10) and L = 2, and a million real guesses on three names."""
+    by_hand = E.chance([30, 10], {})
+    assert by_hand["IoU"] == pytest.approx([15 / (30 + 20 - 15), 5 / (10 + 20 - 5)])
+    g = torch.Generator().manual_seed(0)
+    label = torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), 10**6, True, generator=g)[None]
+    guessed = E.scores(E.confusion(torch.randint(3, label.shape, generator=g), label, 3), {"stuff": (2,)})
+    closed = E.chance(guessed["pixels"], {"stuff": (2,)})
+    for key in ("mIoU", "pixel_accuracy", "mean_accuracy", "fwIoU", "mIoU_stuff", "foreground_accuracy"):
+        assert guessed[key] == pytest.approx(closed[key], abs=3e-3)
+
+
+# --- the repainted image --------------------------------------------------------------------------------------------
+
+
+def test_psnr_of_a_known_error():
+    """An error of .1 everywhere: mean square .01, so 20 dB; of .01: 40 dB."""
+    target = torch.full((3, 4, 5), 0.5)
+    assert E.psnr(target + 0.1, target) == pytest.approx(20, abs=1e-4)
+    assert E.psnr(target - 0.01, target) == pytest.approx(40, abs=1e-3)
+    assert E.psnr(target, target) == pytest.approx(100)
+
+
+def test_l1_of_a_known_error_and_lpips_never_invented():
+    row = E.reconstruction_scores(torch.full((3, 16, 16), 0.75), torch.full((3, 16, 16), 0.5))
+    assert row["L1"] == 0.25 and row["LPIPS"] is None
+
+
+def test_ssim_equals_an_independent_implementation():
+    """scipy's Gaussian filter in place of our convolution, at the positions where the 11x11 window fits."""
+    rng = np.random.default_rng(0)
+    a = rng.random((3, 20, 31))
+    b = np.clip(a + 0.2 * rng.standard_normal(a.shape), 0, 1)
+
+    def blur(x):                                              # radius 5 = truncate 3.3 at sigma 1.5
+        for axis in (1, 2):
+            x = gaussian_filter1d(x, 1.5, axis, truncate=3.3)
+        return x[:, 5:-5, 5:-5]
+
+    ma, mb = blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
+    want = ((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma * ma + mb * mb + 1e-4) * (va + vb + 9e-4))).mean()
+    assert E.ssim(torch.tensor(a), torch.tensor(b)) == pytest.approx(want, abs=1e-9)
+    assert E.ssim(torch.tensor(a), torch.tensor(a)) == pytest.approx(1)
+    assert np.isnan(E.ssim(torch.ones(3, 10, 40), torch.ones(3, 10, 40)))
+
+
+def test_a_mean_leaves_out_what_was_not_measured():
+    assert E.mean([1.0, None, float("nan"), 3.0]) == 2 and E.mean([None]) is None
+
+
+# --- a pass over a dataset --------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_knows_everything_scores_one():
+    """Exactly: the border between bright and dark falls between patches, so upsampling keeps every pixel right."""
+    model = FakeModel().train()
+    row = evaluate(model, TwoHalves(), how=QUIET)
+    assert model.training                                     # as it was found
+    assert row["segmentation"]["mIoU"] == row["segmentation"]["foreground_accuracy"] == 1
+    assert row["reconstruction"]["PSNR"] > 99 and row["reconstruction"]["SSIM"] == pytest.approx(1)
+    assert set(row["codebooks"]) == {"early", "mid", "late", "latent"}
+    early = row["codebooks"]["early"]
+    assert early["share_used"] == 36 / 64                     # 6x6 tokens in the second picture, the first has fewer
+    assert early["bf16"] == 1
+
+
+def test_names_may_be_swapped_and_images_limited():
+    row = evaluate(FakeModel(False), TwoHalves(), ("light", "dark", "fog"), how=replace(QUIET, images=1))
+    assert row["images"] == 1 and len(row["segmentation"]["IoU"]) == 3
+    assert row["reconstruction"] is None and row["codebooks"] == {}
+
+
+def test_workers_change_nothing():
+    assert evaluate(FakeModel(), Noisy(), how=replace(QUIET, workers=2)) == evaluate(FakeModel(), Noisy(), how=QUIET)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_score_command_writes_the_table_and_its_json(runs, capsys):
     E.main(["pat", "--compare", "san"])
     table = json.loads((runs / "pat/scores.json").read_text())
-    assert list(table["rows"]) == ["PAT pat", "SAN san", "MaskCLIP, no training", "chance"]
+    assert list(table["rows"]) == ["FakeModel pat", "FakeModel san", "MaskCLIP, no training", "chance"]
     assert table["config"]["seed"] == 7 and table["config"]["preset"] == "world" and table["torch"] == torch.__version__
     text = (runs / "pat/scores.txt").read_text()
     assert text in capsys.readouterr().out
     assert "old rule" in text and "PSNR dB" in text and "latent" in text
-    if table["rows"]["PAT pat"]["reconstruction"]["LPIPS"] is None:
+    if table["rows"]["FakeModel pat"]["reconstruction"]["LPIPS"] is None:
         assert "n/m" in text and "not measured" in text
     assert table["rows"]["chance"]["segmentation"]["pixel_accuracy"] == 0.5
-    assert Image.open(runs / "pat/samples.png").width == 4 + 4 * 196
-    assert sorted(path.name for path in (runs / "pat").iterdir()) == [
-        "pictures", "report.html", "samples.png", "scores.json", "scores.txt"]
-    page = (runs / "pat/report.html").read_text()
-    assert "PAT pat" in page and "names on masks" in page and (runs / "pat/pictures/masks.png").is_file()
-
-
-def test_rfid_is_measured_with_its_weights_or_not_at_all(runs, monkeypatch, capsys):
-    """Without --rfid, and without its package: n/m and the reason.  With both: a number, its images, its worth."""
-    E.main(["pat"])
-    text = capsys.readouterr().out
-    assert "    rFID\n" in text and "rFID n/m: not measured; it takes --rfid weights-inception" in text
-    monkeypatch.setattr(E, "load_inception", lambda path, device: None)
-    E.main(["pat", "--rfid", "w.pth"])
-    out, error = capsys.readouterr()
-    assert out == text and error.startswith("rFID will not be measured: pip install -r requirements-rfid.txt")
-    monkeypatch.setattr(E, "load_inception", lambda path, device: FakeInception())
-    E.main(["pat", "--compare", "san", "--rfid", "w.pth"])
-    text, table = capsys.readouterr().out, json.loads((runs / "pat/scores.json").read_text())
-    assert table["rows"]["PAT pat"]["reconstruction"]["rFID"] == pytest.approx(0, abs=1e-3)
-    assert "rFID: 2 images against their reconstructions" in text and "Fewer than 10,000" in text
-    assert "2,048 features: the covariances are singular" in text and "not measured; it takes" not in text
-    packed(runs / "data", "voc20")
-    E.main(["pat", "--dataset", "voc20", "--data", "data", "--rfid", "w.pth"])
-    assert "rFID: 2 images against their reconstructions" in capsys.readouterr().out
+    assert sorted(path.name for path in (runs / "pat").iterdir()) == ["scores.json", "scores.txt"]
 
 
 def test_maskclip_that_cannot_be_loaded_is_left_out_and_said(runs, monkeypatch):
-    def gone(name, pretrained):
+    def gone(*args, **kwargs):
         raise InputError("no weights here")
 
-    monkeypatch.setattr(E, "open_model", gone)
+    monkeypatch.setattr(E, "load_vlm", gone)
     E.main(["san"])
     assert "MaskCLIP row not measured: no weights here" in (runs / "san/scores.txt").read_text()
 
 
-def half_bright(h, w):
-    picture = np.zeros((h, w), np.uint8)
-    picture[:h // 2] = 255
-    return picture
-
-
-def upside_down(path):
-    exif = Image.Exif()
-    exif[0x0112] = 6                                          # stored lying down: turn 90 degrees clockwise to view
-    Image.fromarray(half_bright(30, 50)).save(path, exif=exif)
-
-
-@pytest.mark.parametrize("name, save, size", [
-    ("rgb.png", lambda p: Image.fromarray(half_bright(30, 50)).convert("RGB").save(p), (50, 30)),
-    ("rgba.png", lambda p: Image.fromarray(half_bright(37, 21)).convert("RGBA").save(p), (21, 37)),
-    ("grey.jpg", lambda p: Image.fromarray(half_bright(64, 64)).save(p), (64, 64)),
-    ("palette.png", lambda p: Image.fromarray(half_bright(30, 50)).convert("P").save(p), (50, 30)),
-    ("rotated.jpg", upside_down, (30, 50)),
-    ("deep.png", lambda p: Image.fromarray(half_bright(30, 50).astype(np.uint16) * 257).save(p), (50, 30)),
-    ("thin.png", lambda p: Image.fromarray(half_bright(2, 300)).save(p), (300, 2)),
-    ("dot.png", lambda p: Image.fromarray(half_bright(1, 1)).save(p), (1, 1)),
-])
-def test_every_kind_of_picture_comes_back_at_its_own_size(runs, name, save, size):
-    save(runs / name)
-    E.main(["pat", "--image", name, "--labels", "bright, dark", "--out", "out.png"])
-    for part in ("", "_reconstruction", "_tokens_early", "_tokens_mid", "_tokens_late", "_tokens_latent"):
-        assert Image.open(runs / f"out{part}.png").size == size, part
-    assert Image.open(runs / "out_legend.png").width > 50
-
-
-def test_san_says_what_it_does_not_have(runs, capsys):
-    Image.fromarray(half_bright(30, 50)).save("a.png")
-    E.main(["san", "--image", "a.png", "--labels", "bright, dark", "--out", "out.png", "--none-of-these"])
-    assert "no token maps, no reconstruction" in capsys.readouterr().out
-    assert sorted(path.name for path in runs.glob("out*")) == ["out.png", "out_legend.png"]
-
-
-# --- the published datasets -----------------------------------------------------------------------------------------
-
-
-def white_and_black(root, name, raw):
-    """The dataset unpacked; its first picture is white and its second black, whose label is the first's upside down."""
-    unpacked(root, name, raw)
-    for path in sorted(root.rglob("*.jpg")):
-        Image.new("RGB", (3, 2), "white" if path.stem == STEMS[name][0] else "black").save(path)
-    return root
-
-
-def test_the_trap_of_pascal_context_459_by_hand(runs, capsys):
-    """Classes 0 0 0 / 0 2 void; the model says class 0 on all that is white and class 1 on all that is black.
-
-    G = (8, 0, 2), P = (5, 5, 0), T = (4, 0, 0): IoU = 4/9, 0/5, 0/2.  Class 1 has no ground truth, and neither have the
-    other 456, but it was said: 2/9 is the mean over classes 0 and 2, 4/27 the old one over the three.
-    """
-    white_and_black(runs / "data", "pc459", [[1, 1, 1], [1, 3, 0]])
-    (runs / "san/names.txt").write_text("accordion\n")
-    E.main(["san", "--dataset", "pc459", "--data", "data"])
-    table = json.loads((runs / "san/scores/pc459.json").read_text())
-    s = table["rows"]["SAN san"]["segmentation"]
-    assert (s["mIoU"], s["mIoU_old_rule"]) == (pytest.approx(2 / 9), pytest.approx(4 / 27))
-    assert (s["absent"], s["absent_predicted"]) == (457, 1)
-    assert (s["pixel_accuracy"], s["mean_accuracy"]) == (0.4, 0.25) and s["fwIoU"] == pytest.approx(0.8 * 4 / 9)
-    assert (s["mIoU_seen"], s["mIoU_unseen"]) == (pytest.approx(4 / 9), 0) and table["groups"]["seen"] == [0]
-    assert (table["images"], table["published_images"]) == (2, 5104) and table["route"] == "LabelMap of the .mat files"
-    assert table["checksum"] == table["published_checksum"] == load_vocabulary("pc459").checksum
-    text = capsys.readouterr().out
-    assert "0.222    0.148" in text and "2/5104" in text and table["checksum"] in text and "LabelMap" in text
-    assert "457 of 459 names have no ground truth in these images, 1 of them were predicted: the two rules d" in text
-    assert "among the 1 names of san/names.txt" in text
-    assert sorted(path.name for path in (runs / "san/scores").iterdir()) == ["pc459.json", "pc459.txt"]
-
-
-def test_where_both_rules_agree_the_table_says_so(runs, capsys):
-    """The only predicted classes are 0 and 1, and both occur: IoU 3/(6+5-3) and 2/(4+5-2), in the mean .330."""
-    white_and_black(runs / "data", "voc20", [[1, 1, 1], [2, 2, 0]])
-    E.main(["san", "--dataset", "voc20", "--data", "data"])
-    text = capsys.readouterr().out
-    assert "0.330     same" in text and "18 of 20 names have no ground truth in these images, 0 of them" in text
-    assert "COCO-Stuff's 171 (san does not say which names it was trained with)" in text
-
-
-def test_all_datasets_in_one_command(runs, capsys):
-    """Four of the six are there: four rows, two that say which archive is missing; the route of each set is told."""
-    for name in ("voc20", "pc59", "pc459", "ade150"):
-        packed(runs / "data", name)
-    E.main(["pat", "--dataset", "all", "--data", "data", "--workers", "1"])
-    text = (runs / "pat/scores/published.txt").read_text()
-    assert text in capsys.readouterr().out
-    order = [line.split()[0] for line in text.splitlines() if line.split()[0].rstrip(":") in DATASETS]
-    assert order[:6] == ["voc20", "pc59", "pc459", "ade150", "coco-stuff:", "ade847:"]
-    assert "coco-stuff: not there: val2017.zip" in text and "route B, the 459 labels through the id map" in text
-    for name in ("voc20", "pc59", "pc459", "ade150"):
-        table = json.loads((runs / f"pat/scores/{name}.json").read_text())
-        assert table["images"] == 2 and table["checksum"] == load_vocabulary(name).checksum
-        assert table["rows"]["PAT pat"]["reconstruction"]["PSNR"] > 20
-    assert not list((runs / "pat/scores").glob("*.safetensors"))
-
-
-def test_a_stopped_command_reads_no_dataset_twice(runs, monkeypatch, capsys):
-    """Killed in the second of three sets, given again: nothing of the first is read, and the tables are the same."""
-    for name in ("voc20", "pc459", "ade150"):
-        packed(runs / "data", name)
-    command = ["san", "--dataset", "voc20", "pc459", "ade150", "--data", "data"]
-    E.main(command)
-    wanted, asked, read = capsys.readouterr().out, [], Published.read
-    names = ["san/scores/voc20.json", "san/scores/pc459.json", "san/scores/ade150.json"]
-    before = [(runs / name).read_text() for name in names]
-
-    def reads(self, i, stop=True):
-        asked.append((self.name, i))
-        if stop and self.name == "pc459" and i == 1:
-            raise KeyboardInterrupt
-        return read(self, i)
-
-    monkeypatch.setattr("tally.SAVE_EVERY", 1)
-    monkeypatch.setattr(Published, "read", reads)
-    with pytest.raises(KeyboardInterrupt):
-        E.main(command)
-    assert asked == [("voc20", 0), ("voc20", 1), ("pc459", 0), ("pc459", 1)]
-    asked.clear()
-    capsys.readouterr()
-    monkeypatch.setattr(Published, "read", lambda self, i: reads(self, i, stop=False))
-    E.main(command)
-    assert asked == [("pc459", 1), ("ade150", 0), ("ade150", 1)]
-    text = capsys.readouterr().out
-    assert text == "voc20: goes on after 2 of 2 images\npc459: goes on after 1 of 2 images\n" + wanted
-    assert [(runs / name).read_text() for name in names] == before
-
-
-def test_a_quick_look_touches_no_full_result(runs, capsys):
-    """--images 1 has files of its own, named after it, and says how many of how many."""
-    packed(runs / "data", "voc20")
-    E.main(["san", "--dataset", "voc20", "--data", "data"])
-    before = (runs / "san/scores/voc20.json").read_bytes()
-    E.main(["san", "--dataset", "voc20", "--data", "data", "--images", "1"])
-    assert (runs / "san/scores/voc20.json").read_bytes() == before
-    assert json.loads((runs / "san/scores/voc20-first-1.json").read_text())["images"] == 1
-    assert "1/1449" in capsys.readouterr().out
-
-
-def test_other_names_for_a_dataset_are_recorded(runs, capsys):
-    """Twenty names in a file: the score file holds them, the file's name, their checksum and the published one."""
-    packed(runs / "data", "voc20")
-    names = [f"{name} photo" for name in load_vocabulary("voc20").names]
-    (runs / "names.txt").write_text("\n".join(names))
-    E.main(["san", "--dataset", "voc20", "--data", "data", "--names", "names.txt"])
-    table = json.loads((runs / "san/scores/voc20.json").read_text())
-    assert table["names"] == names and table["names_file"] == "names.txt"
-    assert table["checksum"] == checksum(names, load_vocabulary("voc20").raw) != table["published_checksum"]
-    assert f"{table['checksum']} (--names names.txt)" in capsys.readouterr().out
-    with pytest.raises(InputError, match="has 20 names, but these labels have 459"):
-        packed(runs / "data", "pc459")
-        E.main(["san", "--dataset", "pc459", "--data", "data", "--names", "names.txt"])
-
-
-def test_what_is_not_there_is_an_error_only_by_name(runs):
-    """By name it is one line; of "all", only if nothing is there; a wrong name lists the right ones."""
-    packed(runs / "data", "voc20")
-    for argv, words in ((["pc459"], "Pascal Context 459 val is not there; it needs VOCtrainval_03-May-2010.tar"),
-                        (["voc20", "pc495"], "no dataset 'pc495'; there are coco-stuff, voc20"),
-                        (["all", "--names", "x"], "--names replaces the names of one dataset")):
-        with pytest.raises(InputError, match=words):
-            E.main(["san", "--dataset", *argv, "--data", "data"])
-    (runs / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: none of the published datasets is there"):
-        E.main(["san", "--dataset", "all", "--data", "empty"])
-    assert not (runs / "san/scores").exists()
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-    """A real, untrained PAT over a random CLIP, in a run directory."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    run.mkdir()
-    model = build(tiny())
-    save_checkpoint(run / "checkpoint.safetensors", model, torch.optim.AdamW(model.parameters()), 0, None)
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(tiny())))
-    return run
-
-
-def test_two_processes_give_the_scores_of_one(tiny_run, tmp_path, monkeypatch, capsys):
-    """torchrun and gloo over a published dataset: both files byte for byte, every printed line."""
-    packed(tmp_path, "voc20")
-    monkeypatch.chdir(tiny_run.parent)
-    flags, files = ["tiny", "--dataset", "voc20", "--data", str(tmp_path)], ["scores/voc20.json", "scores/voc20.txt"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                  # as torchrun does: sums round by the number of threads
-    E.main(flags)
-    torch.set_num_threads(threads)
-    alone, before = capsys.readouterr().out, [(tiny_run / name).read_bytes() for name in files]
-    for name in files:
-        (tiny_run / name).unlink()
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
-                          str(30000 + os.getpid() % 1000), E.__file__, *flags], capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr
-    assert "process 1 of 2" in two.stderr and two.stdout == alone
-    assert [(tiny_run / name).read_bytes() for name in files] == before
-    assert [path.name for path in tiny_run.rglob("*.safetensors")] == ["checkpoint.safetensors"]
-
-
-@pytest.mark.parametrize("data", [[], ["--data", "own"], ["--dataset", "voc20", "--data", "data"]])
-def test_only_the_first_process_writes_and_prints(runs, monkeypatch, capsys, data):
-    """The second of two, over the world, a folder and a published dataset, leaves its tallies and no word."""
-    packed(runs / "data", "voc20")
-    for part in ("images", "labels"):
-        (runs / "own" / part).mkdir(parents=True)
-        for name in "ab":
-            Image.new("L", (8, 8), 0).save(runs / "own" / part / f"{name}.png")
-    (runs / "own/classes.txt").write_text("day\nnight")
-    monkeypatch.setattr(E, "process_group", lambda device: nullcontext((1, 2, device)))
-    monkeypatch.setattr("tally.dist.all_reduce", lambda tensor: None)
-    E.main(["pat", *data])
-    assert all(path.suffixes == [".1", ".safetensors"] for path in (runs / "pat").rglob("*") if path.is_file())
-    assert capsys.readouterr().out == ""
-
-
-# --- bad input ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("argv, words", [
-    ([], "give the run directory"),
+    ([], "arguments are required: RUN"),
     (["pat", "--comparr", "san"], "did you mean --compare"),
-    (["pat", "--label", "a"], "did you mean --labels"),
     (["pat", "--images", "0"], "at least 1"),
     (["pat", "--images", "many"], "invalid int"),
     (["pat", "--compare", "pat"], "named twice"),
-    (["pat", "--labels", "a, b"], "only together with --image"),
-    (["pat", "--image", "a.png", "--out", "b.png"], "needs --labels"),
-    (["pat", "--image", "a.png", "--labels", "a, a", "--out", "b.png"], "--labels: name 2"),
-    (["pat", "--image", "gone.png", "--labels", "a, b", "--out", "b.png"], "gone.png"),
-    (["pat", "--image", "a.png", "--labels", "a, b", "--out", "nowhere/b.png"], "existing folder"),
-    (["pat", "--image", "a.png", "--labels", "a, b", "--out", "b.txt"], "picture's ending"),
-    (["pat", "--image", "a.png", "--labels", "a, b", "--out", "a.png"], "overwrite the input"),
-    (["pat", "--image", "a.png", "--labels", "a, b", "--out", "b.png", "--data", "d"], "leave --compare"),
-    (["pat", "--image", "a.png", "--labels", "a, b", "--out", "b.png", "--rfid", "w"], "leave --compare.* --rfid out"),
-    (["pat", "--rfid", "gone.pth"], "--rfid gone.pth: cannot be read"),
-    (["pat", "--dataset", "all"], "give --data DIR with the archives"),
-    (["pat", "--dataset", "all", "--data", "d", "--compare", "san"], "one run at a time"),
-    (["pat", "--dataset", "all", "--data", "d", "--ignore", "0"], "folder of your own"),
+    (["pat", "--labels", "a, b"], "unknown argument --labels"),
+    (["pat", "--image", "a.png", "--labels", "a, b"], "--image is now python predict.py RUN FILE --labels"),
+    (["pat", "--dataset", "all", "--data", "d"], "--dataset is now python -m studies.benchmark RUN --dataset"),
+    (["pat", "--rfid=w"], "--rfid is now python -m studies.benchmark RUN --rfid"),
     (["pat", "--names", "n.txt"], "give --data DIR with it"),
+    (["pat", "--ignore", "0"], "give --data DIR with it"),
     (["pat", "--workers", "-1"], "--workers -1: at least 0"),
 ])
 def test_bad_input_is_one_line_and_writes_nothing(runs, argv, words):
-    Image.fromarray(half_bright(30, 50)).save("a.png")
     before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=words) as error:
         E.main(argv)
@@ -344,11 +230,18 @@ def test_from_the_shell_bad_input_ends_with_status_2():
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_scores_are_kept_when_the_drawing_fails(runs, monkeypatch):
-    """Scoring took the hours; a picture that cannot be drawn must not take the table with it."""
-    def fail(*args, **kwargs):
-        raise InputError("log.jsonl: cannot be read")
-    monkeypatch.setattr(E, "run_pictures", fail)
-    with pytest.raises(InputError, match="log.jsonl"):
+def test_many_processes_are_sent_to_the_command_that_takes_them(runs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process; on several: torchrun -m studies.benchmark RUN"):
         E.main(["pat"])
-    assert json.loads((runs / "pat/scores.json").read_text())["rows"] and not (runs / "pat/report.html").exists()
+
+
+def test_a_measured_zero_is_not_the_same_as_none_and_absent_is_neither():
+    """What stands in a cell: a number in its decimals, "n/m" for None, a dash where it does not apply, "same"."""
+    row = {"mIoU": 0.0, "mIoU_old_rule": 0.25, "absent_predicted": 1, "PSNR": 20.126, "LPIPS": None}
+    assert [E.cell(key, row) for key in ("mIoU", "mIoU_old_rule", "PSNR", "LPIPS", "rFID")] == [
+        "0.000", "0.250", "20.13", "n/m", "-"]
+    assert E.cell("mIoU_old_rule", {**row, "absent_predicted": 0}) == "same"
+    titles, texts = E.cells({"a": {"segmentation": row, "reconstruction": None}, "b": {"segmentation": row, "reconstruction":
+                                                                                         {"rFID": 3.14159}}})
+    assert titles == ["mIoU", "old rule", "PSNR dB", "LPIPS", "rFID"] and texts["b"][-1] == "3.14" != texts["a"][-1]

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import hsattn
 from hsattn import Attn, HSAttn, hypersphere_attention, mean_shift
 
 
@@ -59,17 +58,11 @@ def test_gradients_are_right():
     assert torch.autograd.gradcheck(lambda *a: (hypersphere_attention(*a, 5.0) * up).sum(), (q, k, v))
 
 
-def test_a_batch_in_parts_is_the_batch(monkeypatch):
-    """On the CPU a large batch goes a few images at a time; masks and gradients follow."""
-    q, k, v = (torch.randn(5, 2, n, 4, requires_grad=True) for n in (3, 6, 6))
-    mask, up = torch.rand(5, 6) < 0.7, torch.randn(5, 2, 3, 4)
-    found = []
-    for held in (2**21, 2 * 2 * 3 * 6):                       # all five at once; two at a time
-        monkeypatch.setattr(hsattn, "CACHED", held)
-        out = hypersphere_attention(q, k, v, 9.0, mask)
-        found.append((out, *torch.autograd.grad((out * up).sum(), (q, k, v))))
-    for whole, parts in zip(*found):
-        torch.testing.assert_close(whole, parts)
+def test_the_images_of_a_batch_do_not_see_each_other():
+    """A batch is as good as its images one by one, masks and heads and all."""
+    q, k, v, mask = *(torch.randn(3, 2, n, 4) for n in (3, 6, 6)), torch.rand(3, 6) < 0.7
+    alone = [hypersphere_attention(q[i:i + 1], k[i:i + 1], v[i:i + 1], 9.0, mask[i:i + 1]) for i in range(3)]
+    torch.testing.assert_close(hypersphere_attention(q, k, v, 9.0, mask), torch.cat(alone))
 
 
 def test_a_masked_feature_is_as_good_as_gone():
@@ -85,12 +78,23 @@ def test_a_masked_feature_is_as_good_as_gone():
         hypersphere_attention(q[0], k[0], v[0], 9.0, mask)
 
 
+def test_a_key_that_does_not_count_may_point_at_the_query():
+    """Hiding comes before the softmax: the one visible key weighs exp(-20) of a hidden one and still gives the answer."""
+    q, k = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
+    v, mask = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]), torch.tensor([[False, True]])
+    for kappa in (10.0, 1000.0):
+        assert hypersphere_attention(q, k, v, kappa, mask).tolist() == [[[0.0, 1.0]]]
+
+
 def test_half_precision_is_for_outside_only():
     """bf16 in and out, but cosines and weights in fp32: the error is the rounding of the ends, not kappa times it."""
     q, k, v = (torch.randn(1, n, 30).bfloat16() for n in (8, 200, 200))
     out = hypersphere_attention(q, k, v, 30.0)
     exact = hypersphere_attention(q.float(), k.float(), v.float(), 30.0)
     assert out.dtype == torch.bfloat16 and (out.float() - exact).abs().max() <= 2**-9
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = hypersphere_attention(q.float(), k.float(), v.float(), 30.0)
+    assert torch.equal(inside, exact)
 
 
 def test_mean_shift_finds_the_modes_and_names_each_point():
@@ -109,9 +113,10 @@ def test_small_kappa_has_one_mode_and_large_kappa_many():
     assert spread[0] < 1e-2 and spread[1] > 1.0
 
 
-def test_every_head_lives_on_the_sphere():
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+def test_every_head_lives_on_the_sphere(kernels):
     """Before the out projection each head's output has unit length, so a token has norm sqrt(heads)."""
-    module = HSAttn(24, 4)
+    module = HSAttn(24, 4, kernels=kernels)
     module.out = torch.nn.Identity()
     t = module(torch.randn(2, 5, 24), torch.randn(2, 9, 24), torch.randn(2, 9, 24))
     torch.testing.assert_close(t.norm(dim=-1), torch.full((2, 5), 2.0))

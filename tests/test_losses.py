@@ -1,13 +1,16 @@
 """The losses: values worked by hand, gradients against the naive forms, and draws that depend on their key alone."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import (NO_OBJECT, alignment, class_weight, generator, kernel, load_lpips, match, pairwise_costs,
+from losses import (NO_OBJECT, alignment, class_weight, generator, kernel, match, pairwise_costs, perceptual,
                     reconstruction, sample_at, segmentation, squared_distances, targets, uncertain_points)
+from published.perceptual import load_lpips
 from vq import straight_through
 
 
@@ -47,6 +50,30 @@ def test_matching_finds_the_permutation():
     masks = torch.cat([20 * truth[order] - 10, torch.full((1, 8, 8), -10.0)])
     q, m = match(masks, logits, torch.tensor([0, 1, 2]), truth, torch.rand(200, 2))
     assert q.tolist() == [0, 1, 2] and m.tolist() == order.tolist()
+
+
+def test_matching_weighs_names_bce_and_dice_as_san_does():
+    """2 class + 5 BCE + 5 dice, the best of all six permutations; another factor would choose another somewhere."""
+    def best(class_factor, bce_factor, dice_factor):
+        costs = [sum(-class_factor * p[q, m] + bce_factor * bce[q, m] + dice_factor * dice[q, m] for m, q in enumerate(order))
+                 for order in itertools.permutations(range(3))]
+        return list(itertools.permutations(range(3)))[int(np.argmin(costs))]
+
+    gen, others = torch.Generator().manual_seed(0), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (5, 2, 5), (-2, 5, 5), (4, 5, 5)]
+    differ = dict.fromkeys(others, 0)
+    for _ in range(60):
+        masks, logits = 0.3 * torch.randn(3, 4, 4, generator=gen), torch.randn(3, 4, generator=gen)
+        truth = (torch.rand(3, 4, 4, generator=gen) < torch.tensor([0.2, 0.5, 0.8]).view(3, 1, 1)).float()
+        points = torch.rand(40, 2, generator=gen)
+        q, m = match(masks, logits, torch.tensor([0, 1, 2]), truth, points)
+        x, t = (sample_at(maps, points.expand(3, -1, -1)) for maps in (masks, truth))             # (3,40) both
+        p, s = logits.softmax(-1), x.sigmoid()
+        bce = torch.stack([F.binary_cross_entropy_with_logits(x, row.expand_as(x), reduction="none").mean(1) for row in t], 1)
+        dice = torch.stack([1 - (2 * (s * row).sum(1) + 1) / (s.sum(1) + row.sum() + 1) for row in t], 1)
+        assert q[m.argsort()].tolist() == list(best(2, 5, 5))
+        for other in others:
+            differ[other] += best(*other) != best(2, 5, 5)
+    assert min(differ.values()) > 0, differ
 
 
 def test_uncertain_points_prefer_logits_near_zero():
@@ -180,7 +207,7 @@ def test_reconstruction_by_hand():
 def test_lpips_is_absent_without_its_weights_and_sees_images_in_minus_one_to_one(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     load_lpips.cache_clear()
-    assert load_lpips() is None
+    assert perceptual("cpu") is None
     load_lpips.cache_clear()
     seen = []
     terms = reconstruction(torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2), lambda a, b: seen.append((a, b)) or torch.ones(1))

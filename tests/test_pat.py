@@ -1,34 +1,29 @@
-"""The model: what flows where, what each switch of Table II changes, how large it is."""
+"""The model: what flows where, what each switch of Table II changes, how large it is, and how its codes live and restart."""
 
+import os
 import shutil
-import socket
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
-from test_san import published_layout
 from torch.func import functional_call
 
+import losses
 import pat
-from checkpoint import fingerprint, save_checkpoint
-from images import InputError
-from pat import PYRAMID, STAGES, TokenMixer, build, import_published, load_run, preset
-from san import trainable
-from train import recipe
-
-TEXT = F.normalize(torch.randn(5, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
-
-
-def world(**changes):
-    torch.manual_seed(0)
-    return build(preset("world", pretrained="none", **changes))
-
-
-def images(n=2):
-    return torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+from cli import InputError
+from data import rng_for, to_unit
+from hsattn import g
+from pat import PYRAMID, RESTART, STAGES, TokenMixer
+from runs import build, changed, load_run, preset
+from san import SAN, tokens, trainable
+from segmenter import Batch
+from tests.helpers import TEXT, images, micro_batches, tiny, world
+from train import gradients
+from vq import codebook_health, features_at
+from world.scenes import World
 
 
 def every_gradient(model, out):
@@ -101,6 +96,103 @@ def test_token_mixer_mixes_tokens_and_not_channels():
     assert mixer(t).shape == (1, 4, 5) and (difference > 0).tolist() == [False, False, True, False, False]
 
 
+# --- the figure: every line of the header again, in plain calls ---
+
+
+def test_without_semantic_stages_the_side_vit_is_sans(monkeypatch):
+    """The same fusion after the same blocks, the same positions before them: what SAN's mask head is given, bit for bit."""
+    model, san = world(depth=5).eval(), world("san", depth=5).eval()
+    shared = {n: p for n, p in model.state_dict().items() if n.startswith(("side.", "fusion.", "vlm."))}
+    missing, unknown = san.load_state_dict(shared, strict=False)
+    assert not unknown and all(name.startswith(("head.", "background")) for name in missing)
+    given, kept = [], {}
+    head, latent = san.head.forward, model.latent.forward
+    monkeypatch.setattr(san.head, "forward", lambda q, z: given.append((q, z)) or head(q, z))
+    for stage in model.semantic:
+        monkeypatch.setattr(stage, "forward", lambda codes, q, z, t: (t, q))
+    monkeypatch.setattr(model.latent, "forward", lambda z, codes: kept.update(z=z) or latent(z, codes))
+    san(images(), TEXT)
+    _, q = model.walk(images(), model.fuse(images())[1])
+    (sans_q, sans_z), = given
+    assert torch.equal(q, sans_q) and torch.equal(kept["z"].permute(0, 2, 3, 1), sans_z)
+
+
+def by_hand(model, image):
+    """Tokens and q of a PAT, as pat.py's header writes them down, the branches one after the other."""
+    _, f = model.fuse(image)
+    found, x = {}, image                                                      # the pixel branch, alone
+    for i, stage in enumerate(PYRAMID):
+        x = model.pixels.down[stage](x)
+        u = model.pixels.up[stage](f[i + 1]) + x
+        found[stage] = model.pixels.vq[stage](u, model.given())
+    side, Q = model.side, model.config.side.queries                           # the side ViT and the semantic branch
+    pos = side.positions(tuple(f[0].shape[-2:]))
+    start = torch.cat([side.query_embed.expand(len(image), -1, -1), tokens(side.patch_embed(image))], 1) + pos
+    q, z, t = start[:, :Q], start[:, Q:] + tokens(f[0]), None
+    for i, block in enumerate(side.blocks):
+        x = torch.cat([q, z], 1) + (pos if i else 0)
+        x = block(x)
+        q, z = x[:, :Q], x[:, Q:]
+        if i < 3:
+            z, part = z + tokens(f[i + 1]), model.semantic[i]
+            start = q if part.tok is None else part.tok(model.codebook(PYRAMID[i])).expand(len(image), -1, -1)
+            t = start if i == 0 else start + part.mix_before(t)
+            t = part.norm_t(t + part.hsattn(t, z, z))
+            q = part.norm_q(q + part.attn(q + part.mix(t), z, z))
+    found["latent"] = model.latent(z.transpose(1, 2).unflatten(2, f[0].shape[-2:]), model.given())
+    return found, q
+
+
+@pytest.mark.parametrize("switches", [{}, dict(unified=True), dict(scales=(4, 4, 4), depth=5)], ids=str)
+@torch.no_grad()
+def test_the_walk_is_the_headers_lines(switches):
+    """On an oblong batch: the loop that interleaves the two branches gives what each gives alone."""
+    model, image = world(**switches).eval(), images(2, 48, 80)
+    found, q = model.walk(image, model.fuse(image)[1])
+    expected, expected_q = by_hand(model, image)
+    assert torch.equal(q, expected_q) and list(found) == list(expected) == list(STAGES)
+    assert all(torch.equal(getattr(found[s], part), getattr(expected[s], part)) for s in STAGES for part in ("zq", "index", "x"))
+
+
+def test_the_walk_interleaves_the_branches(monkeypatch):
+    """Per stage: the codes the image chose, a side block, the semantic stage on those codes; then the other blocks, latent."""
+    model, said = world(depth=5), []
+
+    def hear(module, name, word):
+        right = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a: said.append(word(*a)) or right(*a))
+
+    hear(model.pixels, "stage", lambda stage, *_: stage)
+    hear(model.side, "step", lambda i, *_: f"block {i + 1}")
+    for i, part in enumerate(model.semantic):
+        hear(part, "forward", lambda codes, q, z, t, i=i: f"semantic {i + 1} of {len(codes)}"
+             + (f" after {t.shape[1]}" if t is not None else ""))
+    hear(model.latent, "forward", lambda z, codes: "latent")
+    model(images(1), TEXT)
+    assert said == ["early", "block 1", "semantic 1 of 128", "mid", "block 2", "semantic 2 of 64 after 128",
+                    "late", "block 3", "semantic 3 of 32 after 64", "block 4", "block 5", "latent"]
+
+
+@torch.no_grad()
+def test_masks_are_named_as_sans_are_and_both_tasks_read_the_same_codes(monkeypatch):
+    """The decoder is given all four zq and q; CLIP names the regions of its biases; image and masks are its own."""
+    model = world()
+    given, right = [], model.decoder.forward
+    monkeypatch.setattr(model.decoder, "forward", lambda zq, q: given.append((zq, q)) or right(zq, q))
+    out = model(images(), TEXT)
+    pyramid, f = model.fuse(images())
+    found, q = model.walk(images(), f)
+    (zq, q_given), = given
+    assert list(zq) == list(STAGES) and all(torch.equal(zq[s], found[s].zq) for s in STAGES) and torch.equal(q_given, q)
+    decoded = right(zq, q)
+    assert torch.equal(out["image"], decoded["image"]) and len(out["masks"]) == len(out["classes"]) == 2
+    for masks, bias, m, c in zip(decoded["masks"], decoded["bias"], out["masks"], out["classes"]):
+        assert torch.equal(masks, m) and torch.equal(model.classify(pyramid, bias, TEXT), c)
+
+
+# --- Table II ---
+
+
 @pytest.mark.parametrize("changes, claim", [
     (dict(vmf=False), lambda m, out: type(m.semantic[0].hsattn).__name__ == "Attn"
      and not torch.allclose(out["tokens"]["early"].zq.norm(dim=1), torch.ones(2, 32, 32))),
@@ -114,8 +206,7 @@ def test_token_mixer_mixes_tokens_and_not_channels():
     (dict(decoder_stages=("mid", "late")), lambda m, out: set(m.decoder.spade) == {"mid", "late"}),
     (dict(decoder_stages=("late",)), lambda m, out: set(m.decoder.spade) == {"late"}),
     (dict(decoder_stages=()), lambda m, out: len(m.decoder.spade) == len(m.decoder.cross) == 0),
-    (dict(decoder_attention="full"), lambda m, out: m.decoder.pool(torch.zeros(1, 32, 32, 1), (8, 8)) == 1),
-], ids=str)
+], ids=lambda value: str(value) if isinstance(value, dict) else "claim")
 def test_every_switch_changes_what_it_claims_and_leaves_no_idle_parameter(changes, claim):
     model = world(**changes)
     out = model(images(), TEXT)
@@ -124,13 +215,19 @@ def test_every_switch_changes_what_it_claims_and_leaves_no_idle_parameter(change
     assert every_gradient(model, out) == []
 
 
+def test_the_rows_of_table_two_are_numbers_of_the_model():
+    """Eleven names, each another model than the whole and than the other rows."""
+    whole = preset("world")
+    rows = [whole, *(changed(whole, **numbers) for numbers in pat.PAT.ABLATIONS.values())]
+    assert len(rows) == 12 and all(a != b for i, a in enumerate(rows) for b in rows[:i])
+
+
 def test_without_residual_the_codes_do_not_see_pixels_that_clip_does_not():
     """CLIP's maps held fixed, other pixels: only with the residual do the early tokens change."""
     for residual, same in ((True, False), (False, True)):
         model = world(residual=residual)
         f = [torch.randn(1, 96, 8, 8) for _ in range(3)]
-        given = dict.fromkeys(PYRAMID)
-        a, b = (model.pixels(images(1) * k, f, given)["early"].x for k in (1.0, -1.0))
+        a, b = (model.pixels(images(1) * k, f, None)["early"].x for k in (1.0, -1.0))
         assert torch.equal(a, b) == same
 
 
@@ -157,34 +254,236 @@ def test_any_multiple_of_the_patch_works_and_batch_does_not_matter():
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(scales=(4, 3, 1)), "--scales 4 3 1|factor of 3"), (dict(scales=(1, 2, 4)), "--scales"),
-    (dict(scales=(4, 2)), "--scales 4 2: takes 3"), (dict(scales=(16, 8, 4)), "the stem is a factor"),
-    (dict(scales=(16, 16, 16), residual=False), "the pixel head"), (dict(codes=(8, 8, 8)), "--codes 8 8 8: takes 4"),
-    (dict(depths=(0, 2, 4)), "--depths 0 2 4: takes 4"), (dict(depth=2), "--depth 2: each of early, mid, late"),
-    (dict(decoder_stages=("top",)), "top"), (dict(model="pot"), "pot"), (dict(heads=5), "--heads 5 does not divide"),
-    (dict(hs_heads=7), "--hs-heads 7"), (dict(decoder_attention="ful"), "--decoder-attention ful"),
-    (dict(model="san", mixer=False), "--model san has no mixer")], ids=str)
+    (dict(scales=(4, 3, 1)), "factor of 3: scales must be powers of two"),
+    (dict(scales=(1, 2, 4)), "^scales 1 2 4: each is the one before it, or half of it"),
+    (dict(scales=(4, 2)), "^scales 4 2: takes 3"), (dict(scales=(16, 8, 4)), "the stem is a factor"),
+    (dict(scales=(16, 16, 16), residual=False), "the pixel head"), (dict(codes=(8, 8, 8)), "^codes 8 8 8: takes 4"),
+    (dict(depths=(0, 2, 4)), "^depths 0 2 4: takes 4"), (dict(depth=2), "^depth 2: each of early, mid, late"),
+    (dict(decoder_stages=("top",)), "^decoder_stages top: there are early, mid, late"), (dict(model="pot"), "pot"),
+    (dict(heads=5), "^heads 5 does not divide"), (dict(hs_heads=7), "^hs_heads 7 does not divide"),
+    (dict(decoder_heads=3), "^decoder_heads 3 does not divide the width 64"),
+    (dict(align="tight"), "^align tight: there are scale-free, literal, none"),
+    (dict(kernels="torch"), "^kernels torch: there are plain, auto, triton"),
+    (dict(points=0), "^points 0: takes a positive"), (dict(crf_samples=0), "^crf_samples 0: takes a positive"),
+    (dict(model="san", mixer=False), "model san has no number called mixer: that number is PAT's")], ids=str)
 def test_numbers_that_do_not_fit_are_refused(changes, says):
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=says) as error:
         world(**changes)
+    assert "\n" not in str(error.value)
+
+
+# --- the loss ---
+
+
+def test_the_terms_and_their_weights():
+    """SAN's six, then L_VQ of all four stages, CRF and TV of each with keys of its own, L1 and L2 against the image in [0,1]."""
+    model, keys = world(points=64, crf_samples=32, w_vq=2.0, w_align=3.0, w_rec=5.0), [(0, 4), (0, 6)]
+    model.load_state_dict({n: v + 0.01 * torch.randn_like(v) if v.is_floating_point() else v for n, v in model.state_dict().items()})
+    labels, x = torch.randint(0, 5, (2, 64, 64)), images()
+    out = model(x, TEXT)
+    batch = Batch(x, labels, keys, model.totals(labels), 1)
+    terms, stages = model.terms(out, batch), out["tokens"].values()
+    weights = {name: weight for name, (weight, _) in terms.items() if name != "lpips"}
+    assert weights == dict(ce_1=2.0, mask_1=5.0, dice_1=5.0, ce_2=2.0, mask_2=5.0, dice_2=5.0,
+                           vq=2.0, crf=3.0, tv=3.0, l1=0.5, l2=5.0)
+    sans = SAN.terms(model, out, batch)
+    aligned = [losses.alignment(t.zq, x, [(*key, 3 + i) for key in keys], "scale-free", 32) for i, t in enumerate(stages)]
+    expected = {**{name: value for name, (_, value) in sans.items()}, "vq": sum(t.loss for t in stages),
+                "crf": sum(a["crf"] for a in aligned), "tv": sum(a["tv"] for a in aligned),
+                "l1": (out["image"] - to_unit(x)).abs().mean(), "l2": (out["image"] - to_unit(x)).square().mean()}
+    assert len(stages) == 4
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name][1], value, msg=name)
+
+
+def test_alignment_none_drops_both_its_terms_and_literal_is_passed_on():
+    out, labels = None, torch.randint(0, 5, (2, 64, 64))
+    terms = {}
+    for align in ("scale-free", "literal", "none"):
+        model = world(points=64, crf_samples=32, align=align)
+        out = out or model(images(), TEXT)
+        terms[align] = model.terms(out, Batch(images(), labels, [(0, 1), (0, 2)], model.totals(labels), 1))
+    assert "crf" not in terms["none"] and "tv" not in terms["none"] and "vq" in terms["none"]
+    assert terms["literal"]["crf"][1] != terms["scale-free"]["crf"][1]
+
+
+def test_lpips_weighs_a_tenth_of_the_reconstruction(monkeypatch):
+    monkeypatch.setattr(pat, "perceptual", lambda device: lambda a, b: torch.ones(1))
+    model, labels = world(points=64, crf_samples=32, w_rec=5.0), torch.randint(0, 5, (2, 64, 64))
+    terms = model.terms(model(images(), TEXT), Batch(images(), labels, [(0, 1), (0, 2)], model.totals(labels), 1))
+    assert terms["lpips"] == (pytest.approx(0.5), 1)
+
+
+# --- dead codes, and what is logged of the others ---
+
+
+def one_step(config, rank=0, processes=1, step=0):
+    """The model, after the forward passes and `after_step` of one step, in float64; the optimiser does not step."""
+    torch.manual_seed(config.run.seed)
+    model = build(config.run).double().train()
+    text = model.vlm.embed_text(World.train_names)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
+    _, remembered = gradients(wrapped, text, micro_batches(config, rank, processes, step), config, processes)
+    model.after_step(remembered, step, config)
+    return model, remembered
+
+
+def codes_and_counters(config, rank=0, processes=1):
+    """Every codebook and counter after one step of restarts, and what is logged of them."""
+    model, _ = one_step(config, rank, processes)
+    logged = model.log()
+    assert sum(line["restarted"] for line in logged.values()) > 0
+    state = {n: p.detach().clone() for n, p in model.state_dict().items() if "codebook" in n or "idle" in n}
+    counted = {f"{stage}.{name}": torch.tensor(line[name], dtype=torch.float64) for stage, line in logged.items()
+               for name in ("perplexity", "used", "cosine", "restarted")}
+    return {**state, **counted}
+
+
+def process(rank, processes, config, port, path):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=processes)
+    torch.save(codes_and_counters(config, rank, processes), f"{path}{rank}")
+    dist.destroy_process_group()
+
+
+def same(a, b, tolerance=1e-9):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() < tolerance, name
+
+
+def test_dead_codes_restart_alike_on_any_number_of_processes(tmp_path):
+    """Four images at once, in two passes, or two and two on two processes: the same codes, counters and logged numbers."""
+    config = tiny(restart_after=1)
+    alone, split = codes_and_counters(config), codes_and_counters(tiny(restart_after=1, accumulate=2))
+    same(alone, split)
+    mp.spawn(process, (2, config, 29000 + os.getpid() % 1000, tmp_path / "c"), nprocs=2)
+    for rank in range(2):
+        same(alone, torch.load(f"{tmp_path / 'c'}{rank}", weights_only=True))
+
+
+def test_a_dead_code_becomes_a_feature_of_the_batch():
+    """Each of the codes nobody chose lies on the feature that its own draw of (seed, step, stage) points to."""
+    config, step = tiny(restart_after=1, batch=2), 3
+    config.recipe.steps = 100
+    model, remembered = one_step(config, step=step)
+    (numbers, kept), = remembered
+    assert numbers.tolist() == [6, 7]
+    for which, (stage, vq) in enumerate(model.quantisers().items()):
+        rng, K = rng_for(config.run.seed, step, which, RESTART), len(vq.codebook)
+        chosen, places = rng.integers(2, size=K), rng.random(K)
+        counts, features = kept[stage]
+        dead = counts <= config.run.net.restart_share * counts.sum() / K
+        assert dead.any()
+        for k in dead.nonzero()[:, 0].tolist():
+            x = features[chosen[k]].flatten(1)                                     # (D,P)
+            assert (vq.codebook[k] - g(x[:, int(places[k] * x.shape[1])])).abs().max() < 1e-12
+        assert vq.idle.tolist() == [0] * K                                                # dead or used: both begin anew
+
+
+def test_features_at_is_the_loop_over_whoever_holds_the_image():
+    """As train.py had it, four loops; an image that nobody here holds offers zeros, so the sum over processes is right."""
+    x, numbers = torch.randn(3, 4, 5, 2), torch.tensor([12, 10, 17])
+    rng = rng_for(0)
+    images, places = 10 + rng.integers(8, size=20), rng.random(20)
+    expected = torch.zeros(20, 4)
+    for k in range(20):
+        for b in (numbers == int(images[k])).nonzero()[:, 0].tolist():
+            expected[k] = x.flatten(2)[b, :, int(places[k] * 10)]
+    found = features_at(x, numbers, images, places)
+    assert torch.equal(found, expected) and 0 < (found == 0).all(1).sum() < 20
+    halves = [features_at(x[part], numbers[part], images, places) for part in (slice(0, 1), slice(1, 3))]
+    assert torch.equal(sum(halves), expected)
+    assert torch.equal(features_at(x, numbers, [17], [0.999999])[0], x[2, :, 4, 1])
+
+
+def remembered_of(counts, step):
+    """What is remembered of a step of two images in which each stage counts `counts` (K of that stage)."""
+    return torch.tensor([2 * step, 2 * step + 1]), {stage: (counts[stage], torch.randn(2, 32, 2, 2)) for stage in STAGES}
+
+
+def test_idle_steps_are_counted_and_a_restart_begins_anew():
+    """Codes 0 and 1 used, then only 0: after three idle steps all but these restart, one step later code 1 does."""
+    config = tiny(restart_after=3, batch=2)
+    config.recipe.steps = 100
+    model = build(config.run)
+    before = model.latent.codebook.detach().clone()
+    both, one = ({stage: torch.zeros(len(vq.codebook), dtype=torch.int64) for stage, vq in model.quantisers().items()}
+                 for _ in range(2))
+    for stage in STAGES:
+        both[stage][:2], one[stage][:1] = 50, 100
+    found = []
+    for step, counts in enumerate((both, one, one, one)):
+        model.after_step([remembered_of(counts, step)], step, config)
+        found.append((model.latent.idle[:3].tolist(), model.log()["latent"]["restarted"]))
+    assert found == [([0, 0, 1], 0), ([0, 1, 2], 0), ([0, 2, 0], 30), ([0, 0, 1], 1)]
+    moved = (model.latent.codebook != before).any(1)
+    assert not moved[0] and moved[1:].all()
+    torch.testing.assert_close(model.latent.codebook[1:].norm(dim=1), torch.ones(31))     # onto the sphere
+
+
+@pytest.mark.parametrize("numbers, step, restarts", [
+    (dict(), 84, True), (dict(), 85, False), (dict(restart_after=0), 0, False), (dict(vmf=False), 0, False),
+    (dict(unified=True), 0, False)], ids=str)
+def test_codes_restart_only_where_that_helps(numbers, step, restarts):
+    """Not in the last 15 % of the steps, off the sphere, or in a codebook that is the queries; uses count all the same."""
+    config = tiny(**{"restart_after": 1, "batch": 2, **numbers})
+    config.recipe.steps = 100
+    model = build(config.run)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    counts = {stage: torch.eye(len(model.codebook(stage)), dtype=torch.int64)[0] for stage in STAGES}
+    model.after_step([remembered_of(counts, step)], step, config)
+    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed == ({n for n in before if n.endswith("codebook")} if restarts else set())
+    lines = model.log()
+    assert all((line["restarted"] > 0) == restarts and line["used"] == 1 for line in lines.values())
+
+
+def test_off_the_sphere_no_code_restarts():
+    config = tiny(restart_after=1, vmf=False)
+    model = build(config.run)
+    before = {n: p.clone() for n, p in model.named_parameters() if "codebook" in n}
+    _, remembered = gradients(model, model.vlm.embed_text(World.train_names), micro_batches(config), config)
+    model.after_step(remembered, 0, config)
+    assert [line["restarted"] for line in model.log().values()] == [0] * 4
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if "codebook" in n)
+
+
+def codebook_lines(model, seen, found, restarted):
+    """train.codebook_lines of before, on one process: stage -> what was logged of it."""
+    lines = {}
+    for stage, counts in seen.items():
+        x = found[0][1][stage][1].movedim(1, -1).flatten(0, 2)                            # (b*h*w,D) features
+        lines[stage] = codebook_health(counts, model.codebook(stage), x, model.quantisers()[stage].choose)
+        lines[stage]["restarted"] = restarted.get(stage, 0)
+    return lines
+
+
+@pytest.mark.parametrize("numbers", [{}, dict(vmf=False), dict(unified=True), dict(accumulate=2)], ids=str)
+def test_what_is_logged_of_the_codebooks_is_what_always_was(numbers, monkeypatch):
+    """Counts of every step and micro-batch since the last line, features of the last step's first; then it begins anew."""
+    config, restarted = tiny(**{"restart_after": 2, **numbers}), {}
+    model = build(config.run)
+    text, right, log = model.vlm.embed_text(World.train_names), pat.restart_dead_codes, []
+    monkeypatch.setattr(pat, "restart_dead_codes", lambda *a: log.append(right(*a)) or log[-1])
+    for line in range(2):
+        seen = {}
+        for step in (2 * line, 2 * line + 1):
+            _, remembered = gradients(model, text, micro_batches(config, step=step), config)
+            log.clear()
+            model.after_step(remembered, step, config)
+            restarted = dict(zip(STAGES, log))
+            for _, kept in remembered:
+                for stage, (counts, _) in kept.items():
+                    seen[stage] = seen.get(stage, 0) + counts
+        expected = codebook_lines(model, seen, remembered, restarted)
+        assert repr(model.log()) == repr(expected) and list(expected) == list(STAGES)     # repr: nan is not nan
+    if not numbers:
+        assert sum(restarted.values()) > 0
 
 
 # --- run directories ---
-
-
-@pytest.fixture
-def run(tmp_path):
-    import json
-    from dataclasses import asdict
-
-    config = recipe("world", pretrained="none")
-    torch.manual_seed(config.seed)
-    model = build(config)
-    with torch.no_grad():
-        model.background.add_(1)
-    save_checkpoint(tmp_path / "checkpoint.safetensors", model, torch.optim.AdamW(model.parameters()), 7, None)
-    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    return tmp_path, model
 
 
 def test_a_run_loads_as_it_was_saved(run):
@@ -192,106 +491,6 @@ def test_a_run_loads_as_it_was_saved(run):
     loaded, config = load_run(path)
     assert config.preset == "world" and not loaded.training
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
-
-
-# --- published SAN checkpoints ---
-
-
-def randomised(config):
-    """A model none of whose numbers is what its initialisation gives, nor equal to another."""
-    model = build(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.02 * torch.randn_like(p))
-    return model
-
-
-@pytest.fixture
-def published(tmp_path):
-    """(file in the published layout, the SAN that is in it, its config): the world's sizes."""
-    config = preset("world", model="san", pretrained="none")
-    model = randomised(config)
-    torch.save({"model": published_layout(model)}, tmp_path / "san.pth")
-    return tmp_path / "san.pth", model, config
-
-
-def test_a_published_checkpoint_becomes_a_run_bit_for_bit_and_needs_nothing_else(published, tmp_path, monkeypatch):
-    """CLIP included: the file deleted, the directory moved, the network off, every weight and every answer is the same."""
-    path, model, config = published
-    import_published(path, tmp_path / "runs" / "san", config)
-    path.unlink()
-    shutil.move(tmp_path / "runs" / "san", tmp_path / "moved")
-    monkeypatch.setattr(socket, "socket", None)
-    loaded, found = load_run(tmp_path / "moved")
-    own, theirs = model.state_dict(), loaded.state_dict()
-    assert own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
-    assert found == replace(config, pretrained=str(tmp_path / "moved" / "clip.safetensors"))
-    assert torch.equal(model(images(), TEXT)["masks"][0], loaded(images(), TEXT)["masks"][0])
-    assert torch.equal(model.vlm.embed_text(["grass"]), loaded.vlm.embed_text(["grass"]))
-    assert fingerprint(model) == fingerprint(loaded)
-
-
-def test_the_clip_of_an_imported_run_cannot_be_swapped(published, tmp_path):
-    path, _, config = published
-    import_published(path, tmp_path / "san", config)
-    torch.manual_seed(9)
-    torch.save({"model": published_layout(randomised(config))}, path)
-    import_published(path, tmp_path / "other", config)
-    shutil.copy(tmp_path / "other" / "clip.safetensors", tmp_path / "san")
-    with pytest.raises(InputError, match="trained over other CLIP weights"):
-        load_run(tmp_path / "san")
-
-
-@pytest.mark.parametrize("change, says", [
-    (lambda state: state.pop("side_adapter_network.query_embed"), "san.pth: not a SAN.*1 missing: side.query_embed$"),
-    (lambda state: state.update({"backbone.0.weight": torch.ones(1)}), "san.pth: not a SAN.*1 unknown: backbone.0.weight$"),
-    (lambda state: state.update({"ov_classifier.bg_embed": torch.ones(1, 7)}), r"background \(1, 7\) for \(1, 64\)"),
-    (lambda state: [state.pop(key) for key in list(state) if "ov_classifier.t" in key], "san.pth: CLIP's text tower"),
-    (lambda state: [state.pop(key) for key in list(state) if "ov_classifier.tr" in key], "24 missing: vlm.model.transformer")],
-    ids=["missing", "unknown", "shape", "no text", "half a text"])
-def test_what_is_no_published_checkpoint_leaves_nothing_behind(published, tmp_path, change, says):
-    path, _, config = published
-    state = torch.load(path, weights_only=True)["model"]
-    change(state)
-    torch.save({"model": state}, path)
-    with pytest.raises(InputError, match=says) as error:
-        import_published(path, tmp_path / "run", config)
-    assert "\n" not in str(error.value) and [p.name for p in tmp_path.iterdir()] == ["san.pth"]
-
-
-def test_an_import_overwrites_nothing_and_leaves_nothing_half_done(published, tmp_path, monkeypatch):
-    """The disk fills up after clip.safetensors; then the name is taken, or cannot be."""
-    def full(model):
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="cannot be written .No space"):
-        patch.setattr(pat, "fingerprint", full)
-        import_published(published[0], tmp_path / "run", published[2])
-    assert [path.name for path in tmp_path.iterdir()] == ["san.pth"]
-    (tmp_path / "run").mkdir()
-    with pytest.raises(InputError, match="exists already"):
-        import_published(published[0], tmp_path / "run", published[2])
-    (tmp_path / "file").write_text("precious")
-    with pytest.raises(InputError, match="cannot be written"):
-        import_published(published[0], tmp_path / "file" / "run", published[2])
-    assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_the_import_command_knows_b_from_large_by_its_clip(published, tmp_path, monkeypatch, capsys):
-    """Width 768 is ViT-B/16, 1024 is ViT-L/14-336; another, as the world's 128 here, is refused by name."""
-    path, _, config = published
-    with pytest.raises(InputError, match=r"neither SAN with ViT-B/16.*conv1.weight is \(128, 3, 8, 8\)"):
-        pat.main(["import", str(path), "--out", str(tmp_path / "run")])
-    with pytest.raises(InputError, match="--out; see --help"):
-        pat.main(["import", str(path)])
-    asked = []
-    monkeypatch.setitem(pat.PUBLISHED, 128, "coco-large")
-    monkeypatch.setattr(pat, "preset", lambda name, model: asked.append((name, model)) or config)
-    pat.main(["import", str(path), "--out", str(tmp_path / "run")])
-    assert asked == [("coco-large", "san")] and "clip.safetensors in" in capsys.readouterr().out
-    assert pat.PUBLISHED[768] == "coco" and preset("coco").vlm == "ViT-B-16"
-    large = preset("coco-large")
-    assert (pat.PUBLISHED[1024], large.vlm, large.clip_scale, large.patch, large.grid) == ("coco-large", "ViT-L-14-336", 0.7, 16, 40)
 
 
 def test_the_readmes_snippet_names_the_pixels_of_a_photo(run, tmp_path, monkeypatch):

@@ -1,45 +1,18 @@
-"""SAN here is the published SAN: the same numbers from the same weights, the same size, the same key names."""
+"""SAN here is the published SAN: the same numbers from the same weights, the same size; and its loss, worked by hand."""
 
-import json
-from pathlib import Path
+import math
 
-import open_clip
 import pytest
 import torch
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from safetensors import safe_open
-from test_clip import smaller
 
 import clip
-import san
-from images import MEAN, STD, InputError
-from pat import build, preset
-from san import MLP, SAN, MaskHead, SANConfig, from_published, our_key, read_published, trainable
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def published():
-    """What the published code (open_clip 2.16, fp32, CPU) computed from random weights; see the file's metadata."""
-    with safe_open(HERE / "san_small.safetensors", "pt") as file:
-        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-    return tensors, json.loads(metadata["side"]), json.loads(metadata["clip"])
-
-
-@pytest.fixture(scope="module")
-def model(published):
-    tensors, side, c = published
-    small = open_clip.CLIP(c["embed_dim"], CLIPVisionCfg(image_size=c["image_size"], patch_size=c["patch"], width=c["width"],
-                                                         layers=c["layers"], head_width=c["width"] // c["heads"]),
-                           CLIPTextCfg(context_length=8, vocab_size=16, width=32, heads=1, layers=1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(san, "open_model", lambda name, pretrained: (small, None))
-        model = SAN(SANConfig(clip_scale=c["scale"], depths=(0, 1, 2, 3), width=side["width"], depth=side["depth"],
-                              heads=side["heads"], patch=side["patch"], grid=side["image_size"] // side["patch"],
-                              queries=side["queries"], head_width=side["mlp_channels"]))
-    from_published(model, {key[8:]: value for key, value in tensors.items() if key.startswith("weights.")})
-    return model
+import losses
+from cli import InputError
+from data import IGNORE, MEAN, STD
+from runs import build, preset
+from san import MLP, SAN, MaskHead, SANConfig, trainable
+from segmenter import Batch
+from tests.helpers import TEXT, images, smaller, world
 
 
 def image_of(tensors, which):
@@ -48,10 +21,10 @@ def image_of(tensors, which):
 
 
 @pytest.mark.parametrize("which", ["square", "wide"])
-def test_the_published_numbers_come_out(published, model, which):
+def test_the_published_numbers_come_out(san_small, san_of_small, which):
     """Features, masks and class logits of both supervised blocks, on a square and on a wide image."""
-    tensors, _, _ = published
-    image = image_of(tensors, which)
+    tensors, _, _ = san_small
+    image, model = image_of(tensors, which), san_of_small
     out, pyramid = model.train()(image, tensors[f"{which}.text_embeddings"]), model.vlm.features(image)
     for i, map_ in enumerate(pyramid.maps):
         assert (map_ - tensors[f"{which}.clip_feature_{i}"]).abs().max() < 1e-4
@@ -60,21 +33,32 @@ def test_the_published_numbers_come_out(published, model, which):
         assert (out["classes"][i] - tensors[f"{which}.block{block}.class_logits"]).abs().max() < 1e-4
 
 
-def test_the_published_segmentation_comes_out(published, model):
+def test_the_published_segmentation_comes_out(san_small, san_of_small):
     """Class probabilities without the background times sigmoid of the up-sampled masks, summed over queries."""
-    tensors, _, _ = published
+    tensors, _, _ = san_small
     image = image_of(tensors, "wide")
     with torch.no_grad():
-        out = model.eval()(image, tensors["wide.text_embeddings"])
+        out = san_of_small.eval()(image, tensors["wide.text_embeddings"])
     masks = torch.nn.functional.interpolate(out["masks"][-1], size=image.shape[-2:], mode="bilinear").sigmoid()
     found = torch.einsum("bqk,bqhw->bkhw", out["classes"][-1].softmax(-1)[..., :-1], masks)[0]
     assert (found - tensors["wide.sem_seg"]).abs().max() < 1e-4
 
 
+def test_its_answer_is_the_published_segmentation(san_small, san_of_small):
+    """The same scores from what `answer` hands to eval.py: maps, mix without its last column, gate."""
+    tensors, _, _ = san_small
+    image = image_of(tensors, "wide")
+    with torch.no_grad():
+        maps, mix, none, gate, floor = san_of_small.eval().answer(san_of_small(image, tensors["wide.text_embeddings"]), 0)
+    masks = gate(torch.nn.functional.interpolate(maps[None], size=image.shape[-2:], mode="bilinear")[0])
+    assert none and floor == float("-inf") and mix.shape[1] == len(tensors["wide.text_embeddings"]) + 1
+    assert (torch.einsum("ck,chw->khw", mix[:, :-1], masks) - tensors["wide.sem_seg"]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("row, column", [(0, 0), (0, -1), (3, -2), (-1, 0), (-1, -2), (-1, 5)])
-def test_a_wrong_entry_of_the_recognition_mask_shows(published, model, row, column, monkeypatch):
+def test_a_wrong_entry_of_the_recognition_mask_shows(san_small, san_of_small, row, column, monkeypatch):
     """Flip one entry between open and closed: cls-cls, cls-copy, patch-copy, copy-cls, copy-copy, copy-patch."""
-    tensors, _, _ = published
+    tensors, _, _ = san_small
     right = clip.recognition_mask
 
     def wrong(bias, grid):
@@ -86,140 +70,14 @@ def test_a_wrong_entry_of_the_recognition_mask_shows(published, model, row, colu
 
     monkeypatch.setattr(clip, "recognition_mask", wrong)
     with torch.no_grad():
-        out = model.eval()(image_of(tensors, "square"), tensors["square.text_embeddings"])
+        out = san_of_small.eval()(image_of(tensors, "square"), tensors["square.text_embeddings"])
     assert (out["classes"][-1] - tensors["square.block8.class_logits"]).abs().max() > 1e-4
-
-
-def test_the_reference_size_has_the_published_parameters_and_keys():
-    """8,370,866 trainable numbers; every key of the published ViT-B/16 layout has its place and shape here, and back."""
-    model = SAN(SANConfig(pretrained="none"))
-    assert trainable(model) == 8_370_866
-    state, reached = model.state_dict(), set()
-    for line in (HERE / "san_vit_b_16_keys.txt").read_text().splitlines():
-        if not line.startswith("#"):
-            key, shape = line.split(" ", 1)
-            if key not in san.NOT_PARAMETERS:
-                ours, shape = our_key(key, 9), tuple(int(n) for n in shape.strip("(),").split(",") if n.strip())
-                reached.add(ours)
-                theirs = shape[:2] if len(shape) == 4 and state[ours].ndim == 2 else shape
-                assert tuple(state[ours].shape) == theirs, key
-    assert reached == set(state)
-
-
-def test_missing_and_unknown_keys_are_listed_and_nothing_is_loaded(published, model):
-    tensors, _, _ = published
-    weights = {key[8:]: value + 1 for key, value in tensors.items() if key.startswith("weights.")}
-    before = model.background.clone()
-    lost = weights.pop("side_adapter_network.query_embed")
-    whole = {**weights, "side_adapter_network.query_embed": lost}
-    for wrong, says in [
-            (weights, "1 missing: side.query_embed$"),
-            ({**whole, "side_adapter_network.extra": lost}, "1 unknown: side_adapter_network.extra$"),
-            ({**whole, "ov_classifier.bg_embed2": lost}, "1 unknown: vlm.model.bg_embed2$"),
-            ({**whole, "clip_visual_extractor.resblocks.3.ln_1.bias": lost}, "1 unknown: clip_visual_extractor.resblocks.3.ln_1.bias$"),
-            ({**whole, "ov_classifier.ln_final.bias": lost}, "missing: .*vlm.model.token_embedding.weight"),
-            ({**whole, "side_adapter_network.query_embed": lost[:, :3]},
-             r"1 of another shape: side.query_embed \(1, 3, .*\) for \(1, "),
-            ({**weights, "side_adapter_network.query_ember": lost}, "1 missing: side.query_embed; 1 unknown: side.query_ember")]:
-        with pytest.raises(InputError, match=says) as error:
-            from_published(model, wrong)
-        assert "\n" not in str(error.value)
-    assert torch.equal(before, model.background)
-
-
-def test_the_entries_that_are_no_parameters_are_skipped(published, model):
-    tensors, _, _ = published
-    weights = {key[8:]: value for key, value in tensors.items() if key.startswith("weights.")}
-    from_published(model, {**weights, "criterion.empty_weight": torch.ones(172), "ov_classifier.attn_mask": torch.ones(2, 2)})
-
-
-def published_key(ours, rec_start):
-    """The inverse of `our_key`, written apart from it."""
-    parts = ours.split(".")
-    if ours == "background":
-        return "ov_classifier.bg_embed"
-    if ours.startswith("vlm.model.visual.transformer."):
-        i = int(parts[5])
-        owner, i = ("clip_visual_extractor", i) if i < rec_start else ("clip_rec_head", i - rec_start)
-        return ".".join([owner, "resblocks", str(i), *parts[6:]])
-    if ours.startswith("vlm.model.visual."):
-        return ("clip_rec_head." if parts[3] in ("proj", "ln_post") else "clip_visual_extractor.") + ".".join(parts[3:])
-    if ours.startswith("vlm.model."):
-        return "ov_classifier." + ".".join(parts[2:])
-    if parts[0] == "fusion":
-        return f"side_adapter_network.fusion_layers.layer_{parts[1]}.input_proj.{int(parts[2] == 'proj')}.{parts[3]}"
-    if parts[0] == "head":
-        return "side_adapter_network.mask_decoder." + ".".join(parts[1:])
-    if parts[1] == "patch_embed":
-        return f"side_adapter_network.vit_model.patch_embed.proj.{parts[2]}"
-    return "side_adapter_network." + ("" if parts[1].startswith("query") else "vit_model.") + ".".join(parts[1:])
-
-
-def published_layout(model):
-    """A SAN's state dict as the published code would have saved it, with the entries that are no parameters."""
-    state = {}
-    for key, value in model.state_dict().items():
-        theirs = published_key(key, model.vlm.depths[-1])
-        convolution = ("input_proj.1.weight", ".pix_mlp.", ".attn_mlp.")
-        is_map = value.ndim == 2 and any(part in theirs for part in convolution)
-        state[theirs] = value[..., None, None] if is_map else value
-    return {**state, "criterion.empty_weight": torch.ones(172), "ov_classifier.attn_mask": torch.zeros(77, 77)}
-
-
-def of_size(name):
-    """SAN of a preset, without its numbers: shapes and names alone."""
-    with torch.device("meta"):
-        return build(preset(name, model="san", pretrained="none"))
-
-
-def test_the_inverse_layout_is_the_published_one():
-    """Names and shapes of all 442 entries of the ViT-B/16 checkpoint, so the round trips below are in its layout."""
-    lines = [line.split(" ", 1) for line in (HERE / "san_vit_b_16_keys.txt").read_text().splitlines() if line[0] != "#"]
-    theirs = {key: tuple(int(n) for n in shape.strip("(),").split(",") if n.strip()) for key, shape in lines}
-    assert {key: tuple(value.shape) for key, value in published_layout(of_size("coco")).items()} == theirs
-    assert len(theirs) == 442
-
-
-def test_san_large_has_the_published_parameters_and_the_same_layout():
-    """9.32 million trained numbers, as its log says; blocks 18 to 23 recognise.  No real file of it was at hand."""
-    model = of_size("coco-large")
-    assert trainable(model) == 9_321_650 and model.vlm.depths == (0, 6, 12, 18)
-    state = published_layout(model)
-    assert {our_key(key, 18) for key in state if key not in san.NOT_PARAMETERS} == set(model.state_dict())
-    assert {key.split(".")[2] for key in state if key.startswith("clip_rec_head.resblocks")} == set("012345")
-    from_published(model, state)
 
 
 def test_eva_large_trains_as_many_numbers(monkeypatch):
     """Counted with 4 of its 24 frozen blocks and a small vocabulary: nothing of those is trained."""
     smaller(monkeypatch, {}, {"layers": 1, "vocab_size": 8}, 4)
     assert trainable(build(preset("coco-eva-large", model="san", pretrained="none"))) == 9_321_650
-
-
-class Evil:
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
-
-
-def test_published_files_are_read_without_running_code(tmp_path, monkeypatch):
-    """Under "model" or bare, beside whatever a trainer saved; code, truncation and other content are one line each."""
-    monkeypatch.chdir(tmp_path)
-    state = {"a": torch.ones(2), "b": torch.zeros(3)}
-    torch.save({"model": state, "iteration": 60_000, "optimizer": {"param_groups": [{"lr": 1e-4}]}}, "whole.pth")
-    torch.save(state, "bare.pth")
-    for name in ("whole.pth", "bare.pth"):
-        assert all(torch.equal(value, state[key]) for key, value in read_published(name).items())
-    torch.save({"model": state, "scheduler": Evil()}, "code.pth")
-    Path("cut.pth").write_bytes(Path("whole.pth").read_bytes()[:500])
-    torch.save({"model": {"a": 3}}, "numbers.pth")
-    torch.save([state], "list.pth")
-    for name, says in [("code.pth", "code.pth: is no checkpoint, or holds Python objects"), ("cut.pth", "cut.pth: cannot be read"),
-                       ("numbers.pth", "numbers.pth: holds no state dict"), ("list.pth", "is it a SAN checkpoint"),
-                       ("none.pth", "none.pth: cannot be read .FileNotFoundError")]:
-        with pytest.raises(InputError, match=says) as error:
-            read_published(name)
-        assert "\n" not in str(error.value)
-    assert not Path("ran").exists()
 
 
 def test_mask_head_is_a_dot_product_of_mlps():
@@ -244,7 +102,7 @@ def test_mlp_has_its_activation_between_linears_only():
 
 
 def test_training_supervises_the_last_two_blocks_and_inference_one():
-    model = SAN(preset("world", pretrained="none", model="san"))
+    model = SAN(preset("world", pretrained="none", model="san").net)
     text = torch.nn.functional.normalize(torch.randn(5, 64), dim=-1)
     image = torch.randn(2, 3, 64, 96)
     out = model(image, text)
@@ -255,7 +113,93 @@ def test_training_supervises_the_last_two_blocks_and_inference_one():
 
 
 def test_every_trained_parameter_gets_a_gradient():
-    model = SAN(preset("world", pretrained="none", model="san"))
+    model = SAN(preset("world", pretrained="none", model="san").net)
     out = model(torch.randn(2, 3, 64, 64), torch.nn.functional.normalize(torch.randn(5, 64), dim=-1))
     sum((x * torch.randn_like(x)).sum() for x in out["masks"] + out["classes"]).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
+
+
+def test_the_config_has_its_parts():
+    """The reference size stands in the dataclasses; the parts are made anew for each config."""
+    config = SANConfig()
+    assert (config.clip.vlm, config.clip.short_side, config.side.width, config.side.queries) == ("ViT-B-16", 640, 240, 100)
+    config.side.width = 3
+    assert SANConfig().side.width == 240
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(heads=5), "heads 5 does not divide the width 96"), (dict(depths=(0, 2, 4)), "depths 0 2 4: takes 4 positive"),
+    (dict(depths=(0, 2, 3, -1)), "depths 0 2 3 -1: takes 4"), (dict(points=0), "points 0: takes a positive number"),
+    (dict(vmf=False), "model san has no number called vmf: that number is PAT's"),
+    (dict(widht=3), "no number called widht; did you mean width")], ids=str)
+def test_numbers_that_do_not_fit_are_refused(changes, says):
+    with pytest.raises(InputError, match=says) as error:
+        world("san", **changes)
+    assert "\n" not in str(error.value)
+
+
+# --- the loss: two queries, four pixels, every one of them a point ---
+
+
+@pytest.fixture
+def every_pixel(monkeypatch):
+    """The random points of the losses become the pixels themselves, once each; the keys they were drawn by are kept."""
+    keys, right = [], losses.generator
+    monkeypatch.setattr(losses, "generator", lambda *key: keys.append(key) or right(*key))
+    monkeypatch.setattr(losses, "sample_at", lambda maps, points: maps.flatten(1)[:, :points.shape[1]])
+    return keys
+
+
+LABELS = torch.tensor([[[0, 0], [1, IGNORE]], [[1, 1], [1, 1]]])                          # two names, then one
+
+
+def by_hand():
+    """(out, names and values of its terms) for LABELS; see `test_the_terms_by_hand`."""
+    on = torch.tensor([2.0, 2, -2, -2])
+    masks = [torch.stack([torch.stack([on, -on]), torch.zeros(2, 4)]).view(2, 2, 2, 2), torch.zeros(2, 2, 2, 2)]
+    # first image: query 0 says name 1, query 1 name 0; second image: query 1 says name 1, query 0 nothing it is sure of
+    classes = [torch.zeros(2, 2, 3), torch.tensor([[[0.0, 4, 0], [4, 0, 0]], [[0, 0, 0], [0, 4, 0]]])]
+    classes[0][1, 1, 1] = 1e-3                                # or both queries would fit the second image alike
+    out = dict(masks=masks, classes=classes)
+    s, sure = 1 / (1 + math.exp(-2)), -math.log(math.exp(4) / (math.exp(4) + 2))
+    # Dice is 1 - (2 Σ p t + 1) / (Σ p + Σ t + 1).  With p = 1/2 everywhere: name 0 on two pixels, 1 on one, 1 on four.
+    half = {2: 1 - 3 / 5, 1: 1 - 2 / 4, 4: 1 - 5 / 7}
+    clear = (1 - (4 * s + 1) / (2 * s + 2 * (1 - s) + 2 + 1)) + (1 - (2 * s + 1) / (2 * s + 2 * (1 - s) + 1 + 1))
+    weight = 1 + 1 + 1 + 0.1                                  # three queries matched, one that matches nothing
+    return out, {
+        "ce_1": (2.0, math.log(3)),                           # every query: three names, equally likely, whatever weights
+        # query 0 is right four times (its mask of name 0), query 1 errs on the last pixel, which has no label: 0 in its mask
+        "mask_1": (5.0, (math.log1p(math.exp(-2)) + (3 * math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 4
+                         + math.log(2)) / 3),
+        "dice_1": (5.0, (clear + half[4]) / 3),
+        "ce_2": (2.0, (3 * sure + 0.1 * math.log(3)) / weight),
+        "mask_2": (5.0, math.log(2)),
+        "dice_2": (5.0, (half[1] + half[2] + half[4]) / 3)}
+
+
+def test_the_terms_by_hand(every_pixel):
+    """Names, weights and values of L_seg: the first output matches by its masks, the second by its names."""
+    model, (out, expected) = world("san", queries=2, points=4), by_hand()
+    totals = model.totals(LABELS)
+    assert totals.tolist() == pytest.approx([3, 3.1])
+    terms = model.terms(out, Batch(images(2), LABELS, [(7, 5), (7, 9)], totals, 1))
+    assert {name: weight for name, (weight, _) in terms.items()} == {name: weight for name, (weight, _) in expected.items()}
+    for name, (_, value) in expected.items():
+        assert terms[name][1].item() == pytest.approx(value, rel=1e-3), name
+    assert every_pixel == [(7, 5, 1), (7, 9, 1), (7, 5, 2), (7, 9, 2)]                    # each output draws its own points
+
+
+def test_a_part_of_a_batch_divides_by_its_share_of_the_totals(every_pixel):
+    """One of two micro-batches, all labels in it: sums over half the totals, so that the mean of the parts is the whole."""
+    model, (out, expected) = world("san", queries=2, points=4), by_hand()
+    terms = model.terms(out, Batch(images(2), LABELS, [(7, 5), (7, 9)], model.totals(LABELS), 2))
+    for name, (_, value) in expected.items():
+        assert terms[name][1].item() == pytest.approx(2 * value, rel=1e-3), name
+
+
+def test_a_batch_without_a_label_still_has_its_no_object_loss():
+    """No true mask in it: the count of masks is taken for 1, not for 0."""
+    model = world("san", points=16)
+    void = torch.full((2, 64, 64), IGNORE)
+    terms = model.terms(model(images(), TEXT), Batch(images(), void, [(0, 1), (0, 2)], model.totals(void), 1))
+    assert all(term.isfinite() for _, term in terms.values()) and terms["ce_2"][1] > 0 and terms["dice_2"][1] == 0

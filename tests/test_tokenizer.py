@@ -1,41 +1,36 @@
 """The tokenizer on its own: the same tokens as the whole model's, one file, photos to tokens and back, a graph."""
 
+import hashlib
 import json
 import math
 import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_clip import smaller
 
-import clip
-import pat
-from checkpoint import save_checkpoint
+import tokenizer as program
+from cli import InputError, tensors_checksum
+from data import read_image, resize_short, to_tensor
 from hsattn import g
-from images import InputError, read_image, resize_short, to_tensor
-from pat import PYRAMID, STAGES, build, preset
-from tokenizer import Tokenizer
-
-TEXT = F.normalize(torch.randn(5, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
-
-
-def world(**changes):
-    torch.manual_seed(0)
-    return build(preset("world", pretrained="none", **changes)).eval()
+from pat import PYRAMID, STAGES
+from published import weights
+from runs import build, changed, flat, preset
+from tests import helpers
+from tests.helpers import TEXT, images, save_run, smaller
+from tokenizer import RUN, Tokenizer, main
 
 
-def images(n=2, height=64, width=64):
-    return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(2))
+def world(*model, **numbers):
+    return helpers.world(*model, **numbers).eval()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer(model):
-    return model.tokenizer(latent=True)
+    return Tokenizer.of(model, latent=True)
 
 
 def same(a, b):
@@ -63,7 +58,7 @@ def test_its_tokens_are_the_whole_models_bit_for_bit_whatever_is_switched_off(ch
     whole = world(**changes)
     out = whole(images(2, 48, 80), TEXT)
     for latent in (False, True):
-        alone = whole.tokenizer(latent)
+        alone = Tokenizer.of(whole, latent)
         assert same(alone(images(2, 48, 80)), {stage: out["tokens"][stage].index for stage in alone.stages})
         assert alone.stages == (STAGES if latent else PYRAMID)
     torch.testing.assert_close(alone.decode(alone(images(2, 48, 80))), out["image"].clamp(0, 1), rtol=0, atol=2e-5)
@@ -71,7 +66,7 @@ def test_its_tokens_are_the_whole_models_bit_for_bit_whatever_is_switched_off(ch
 
 def test_it_leaves_behind_what_it_does_not_need(model, tokenizer):
     """No text, no recognition, no CLIP block after the fourth of six; without latent no side ViT either, nor f0."""
-    for alone in (model.tokenizer(), tokenizer):
+    for alone in (Tokenizer.of(model), tokenizer):
         names = set(alone.state_dict())
         assert {name.split(".")[5] for name in names if "resblocks" in name} == {"0", "1", "2", "3"}
         assert not any(word in name for name in names for word in ("ln_post", "token_embedding", "text", "logit", "idle"))
@@ -83,7 +78,7 @@ def test_it_leaves_behind_what_it_does_not_need(model, tokenizer):
 
 def test_it_is_a_copy_that_later_training_does_not_change():
     whole = world()
-    alone = whole.tokenizer(latent=True)
+    alone = Tokenizer.of(whole, latent=True)
     before = alone(images())
     with torch.no_grad():
         for p in whole.parameters():
@@ -105,14 +100,14 @@ def test_no_gradient_is_kept(tokenizer):
 def test_it_remembers_the_activation_that_only_the_weights_tag_knew(name, quick, stored, monkeypatch, tmp_path):
     """Two blocks of both families.  Loaded without those weights, a GELU must not become the default, quick-GELU."""
     smaller(monkeypatch, {"layers": 2}, {"layers": 1, "width": 8, "heads": 1, "vocab_size": 8}, 2)
-    monkeypatch.setattr(clip, "find_weights", lambda *_: (None, quick))
+    monkeypatch.setattr(weights, "find_weights", lambda *_: (None, quick))
     whole = build(preset("coco", vlm=name, depths=(0, 1, 1, 1), width=24, heads=2, hs_heads=2, depth=4)).eval()
     monkeypatch.undo()
     smaller(monkeypatch, {"layers": 2}, {"layers": 1, "width": 8, "heads": 1, "vocab_size": 8}, 2)
     whole.vlm.positions.mul_(10)
-    alone = whole.tokenizer()
+    alone = Tokenizer.of(whole)
     alone.save(tmp_path / "t.safetensors")
-    assert alone.config.vlm == stored and not any("resblocks.1" in n or "blocks.1." in n for n in alone.state_dict())
+    assert alone.config.clip.vlm == stored and not any("resblocks.1" in n or "blocks.1." in n for n in alone.state_dict())
     indices = Tokenizer.load(tmp_path / "t.safetensors")(images(1, 96, 128))
     assert same(indices, {stage: whole(images(1, 96, 128), torch.zeros(1, whole.vlm.text_width))["tokens"][stage].index
                           for stage in PYRAMID})
@@ -130,7 +125,7 @@ def test_bits_per_pixel_by_hand(tokenizer):
 
 def test_the_reference_size_costs_0_58_bits_per_pixel():
     """35,200 tokens for 640x640; shapes alone, no numbers."""
-    reference = Tokenizer(preset("coco"), latent=True)
+    reference = Tokenizer(preset("coco").net, latent=True)
     grids = reference.grids(640, 640)
     assert grids == {"early": (160, 160), "mid": (80, 80), "late": (40, 40), "latent": (40, 40)}
     assert sum(h * w for h, w in grids.values()) == 35_200
@@ -151,7 +146,7 @@ def test_any_size_is_padded_with_zeros_right_and_below(tokenizer):
 
 def test_usage_counts_all_that_was_encoded(model):
     """One image twice and, without counting, once more by `forward`."""
-    alone = model.tokenizer()
+    alone = Tokenizer.of(model)
     indices = alone.encode(images(1))
     alone(images(1)), alone.encode(images(1))
     for stage, seen in alone.usage().items():
@@ -210,8 +205,8 @@ def test_wrong_indices_are_one_clear_error(tokenizer, change, says):
 
 
 def test_without_latent_there_is_no_decoding(model):
-    with pytest.raises(InputError, match=r"no latent stage.* model.tokenizer\(latent=True\)"):
-        model.tokenizer().decode({})
+    with pytest.raises(InputError, match=r"no latent stage.* Tokenizer.of\(model, latent=True\)"):
+        Tokenizer.of(model).decode({})
 
 
 # --- one file ---
@@ -227,8 +222,8 @@ def saved(tokenizer, tmp_path_factory):
 def test_saved_and_loaded_it_gives_the_same_bits_and_needs_nothing_else(tokenizer, saved, monkeypatch):
     """Both ways; no network, no CLIP weights."""
     monkeypatch.setattr(socket, "socket", None)
-    for name in ("find_weights", "load_file"):
-        monkeypatch.setattr(clip, name, None)
+    for module, name in ((weights, "find_weights"), (weights, "load_file"), (safetensors.torch, "load_file")):
+        monkeypatch.setattr(module, name, None)
     loaded, image = Tokenizer.load(saved), images(2, 50, 70)
     indices = tokenizer.encode(image)
     assert same(loaded.encode(image), indices) and torch.equal(loaded.decode(indices), tokenizer.decode(indices))
@@ -237,24 +232,24 @@ def test_saved_and_loaded_it_gives_the_same_bits_and_needs_nothing_else(tokenize
 
 
 def test_a_unified_codebook_is_saved_although_it_has_no_parameter(tmp_path):
-    alone = world(unified=True).tokenizer()
+    alone = Tokenizer.of(world(unified=True))
     alone.save(tmp_path / "t.safetensors")
     assert same(Tokenizer.load(tmp_path / "t.safetensors")(images()), alone(images())) and alone.unified.shape == (20, 32)
 
 
 def test_the_file_tells_nobody_where_it_was_made(tmp_path):
     whole = world()
-    whole.config = replace(whole.config, data="/home/me/photos", val_data="/home/me/val", pretrained="/home/me/clip.pt")
-    whole.tokenizer().save(tmp_path / "t.safetensors")
+    whole.config = changed(whole.config, pretrained="/home/me/clip.pt")      # whose data it was, the model is never told
+    Tokenizer.of(whole).save(tmp_path / "t.safetensors")
     assert b"/home/me" not in (tmp_path / "t.safetensors").read_bytes()
 
 
 def test_the_fingerprint_changes_with_every_number_and_with_sizes(model, tokenizer):
-    other = model.tokenizer(latent=True)
-    assert other.fingerprint() == tokenizer.fingerprint() != model.tokenizer().fingerprint()
-    other.config = replace(other.config, kappa=29.0)
+    other = Tokenizer.of(model, latent=True)
+    assert other.fingerprint() == tokenizer.fingerprint() != Tokenizer.of(model).fingerprint()
+    other.config = changed(other.config, kappa=29.0)
     assert other.fingerprint() != tokenizer.fingerprint()
-    other = model.tokenizer(latent=True)
+    other = Tokenizer.of(model, latent=True)
     other.latent.codebook[3, 4] += 1e-6
     assert other.fingerprint() != tokenizer.fingerprint()
 
@@ -279,9 +274,9 @@ def flip(path):
     (lambda path: path.write_bytes(path.read_bytes()[:5000]), "not a readable tokenizer"),
     (lambda path: path.write_text("hello"), "not a readable tokenizer"),
     (lambda path: path.unlink(), "not a readable tokenizer"),
-    (lambda path: save_file({"a": torch.ones(1)}, path), "holds no tokenizer; make one with python pat.py tokenizer RUN"),
+    (lambda path: save_file({"a": torch.ones(1)}, path), "holds no tokenizer; make one with python tokenizer.py save RUN"),
     (flip, "damaged: its numbers are not those that were written"),
-    (with_description(lambda told: []), "its description of the tokenizer is damaged"),
+    (with_description(lambda told: []), "its description of the tokenizer cannot be used"),
     (with_description(lambda told: {**told, "config": {**told["config"], "codes": [1, 2]}}), "description .* takes 4 positive"),
     (with_description(lambda told: {**told, "config": {**told["config"], "width": "wide"}}), "its description"),
     (with_description(lambda told: {**told, "config": {**told["config"], "codes": [9, 9, 9, 9]}}),
@@ -298,6 +293,25 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(saved, tmp_path, dama
     assert "\n" not in str(error.value)
 
 
+def as_before(alone, path, **changes):
+    """A file as it was written before November 2026: the whole run's numbers, and a fingerprint of all but two of them."""
+    old = dict(model="pat", preset="world", seed=3, data="", val_data="", ignore=255, head_width=96,
+               decoder_attention="pooled", **flat(alone.config))
+    signed = json.dumps([tensors_checksum(alone.state_dict()), alone.stages, {**old, "seed": 0, "preset": ""}])
+    told = dict(config={**old, **changes}, latent=True, fingerprint=hashlib.sha256(signed.encode()).hexdigest()[:16])
+    save_file(alone.state_dict(), path, {"pat_tokenizer": json.dumps(told)})
+
+
+def test_a_file_of_before_gives_the_same_tokens(tokenizer, tmp_path):
+    """And is checked as it was then."""
+    as_before(tokenizer, tmp_path / "old.safetensors")
+    loaded = Tokenizer.load(tmp_path / "old.safetensors")
+    assert same(loaded(images()), tokenizer(images())) and loaded.fingerprint() == tokenizer.fingerprint()
+    as_before(tokenizer, tmp_path / "old.safetensors", kappa=3.0)
+    with pytest.raises(InputError, match="damaged: its numbers are not those"):
+        Tokenizer.load(tmp_path / "old.safetensors")
+
+
 # --- the commands ---
 
 
@@ -305,13 +319,10 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(saved, tmp_path, dama
 def prepared(saved, tmp_path_factory):
     """A folder with a photo, a tokenizer's file, the default run in its place, a PAT of 300 early codes, and its tokens."""
     where, whole = tmp_path_factory.mktemp("folder"), world(codes=(300, 64, 32, 256))
-    run = where / pat.RUN
-    run.mkdir(parents=True)
-    save_checkpoint(run / "checkpoint.safetensors", whole, torch.optim.AdamW(whole.parameters()), 0, None)
-    (run / "config.json").write_text(json.dumps(asdict(whole.config)))
+    run = save_run(where / RUN, whole, preset("world", pretrained="none", codes=(300, 64, 32, 256)))
     (where / "t.safetensors").write_bytes(saved.read_bytes())
     photo(50, 30).save(where / "photo.png")
-    pat.main(["encode", str(where / "photo.png"), "--run", str(run), "--out", str(where / "tokens.npz")])
+    main(["encode", str(where / "photo.png"), "--run", str(run), "--out", str(where / "tokens.npz")])
     return where, whole
 
 
@@ -332,10 +343,10 @@ def test_photos_to_tokens_to_pictures_by_hand(folder, capsys):
     """30x50 pixels are encoded at 64x107, as scored, in a grid of 8 by 14 patches; every step again in plain calls."""
     _, whole = folder
     Path("tokens.npz").unlink()
-    pat.main(["encode", "photo.png", "--out", "tokens.npz"])
+    main(["encode", "photo.png", "--out", "tokens.npz"])
     said = capsys.readouterr().out
-    pat.main(["decode", "tokens.npz", "--out", "out"])
-    alone, picture = whole.tokenizer(latent=True), read_image("photo.png")
+    main(["decode", "tokens.npz", "--out", "out"])
+    alone, picture = Tokenizer.of(whole, latent=True), read_image("photo.png")
     indices = alone.encode(to_tensor(resize_short(picture, 64, 256))[None])
     with np.load("tokens.npz", allow_pickle=False) as file:
         stored = dict(file)
@@ -359,8 +370,8 @@ def test_every_kind_of_photo_comes_back_at_its_own_size(folder):
              "palette.gif": photo(30, 30).convert("P"), "dot.png": photo(10, 10).resize((1, 1))}
     for name, picture in kinds.items():
         picture.save(name)
-    pat.main(["encode", *kinds, "--out", "tokens.npz", "--run", "t.safetensors", "--short-side", "0"])
-    pat.main(["decode", "tokens.npz", "--out", "out", "--run", "t.safetensors"])
+    main(["encode", *kinds, "--out", "tokens.npz", "--run", "t.safetensors", "--short-side", "0"])
+    main(["decode", "tokens.npz", "--out", "out", "--run", "t.safetensors"])
     alone = Tokenizer.load("t.safetensors")
     for name, picture in kinds.items():
         found = np.array(Image.open(f"out/{Path(name).stem}.png"))
@@ -371,16 +382,16 @@ def test_every_kind_of_photo_comes_back_at_its_own_size(folder):
 
 def test_a_runs_tokenizer_saved_alone_decodes_what_the_run_encoded(folder, capsys):
     """And one of the pyramid only encodes, to a smaller file."""
-    pat.main(["tokenizer", pat.RUN, "--out", "alone.safetensors"])
-    pat.main(["decode", "tokens.npz", "--run", "alone.safetensors", "--out", "a"])
-    pat.main(["decode", "tokens.npz", "--out", "b"])
+    main(["save", RUN, "--out", "alone.safetensors"])
+    main(["decode", "tokens.npz", "--run", "alone.safetensors", "--out", "a"])
+    main(["decode", "tokens.npz", "--out", "b"])
     assert Path("a/photo.png").read_bytes() == Path("b/photo.png").read_bytes()
-    pat.main(["tokenizer", pat.RUN, "--out", "half.safetensors", "--pyramid-only"])
-    pat.main(["encode", "photo.png", "--run", "half.safetensors", "--out", "half.npz"])
+    main(["save", RUN, "--out", "half.safetensors", "--pyramid-only"])
+    main(["encode", "photo.png", "--run", "half.safetensors", "--out", "half.npz"])
     assert "latent" not in capsys.readouterr().out.splitlines()[-2]
     assert Path("half.safetensors").stat().st_size < Path("alone.safetensors").stat().st_size / 2
     with pytest.raises(InputError, match="this tokenizer only encodes"):
-        pat.main(["decode", "half.npz", "--run", "half.safetensors", "--out", "c"])
+        main(["decode", "half.npz", "--run", "half.safetensors", "--out", "c"])
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -392,6 +403,9 @@ def test_a_runs_tokenizer_saved_alone_decodes_what_the_run_encoded(folder, capsy
     (["encode", "photo.png", "--out", "x.npz", "--short-side", "-3"], "--short-side -3"),
     (["encode", "photo.png", "--out", "x.npz", "--run", "nowhere"], "nowhere: no run directory"),
     (["encode", "--out", "x.npz"], "IMAGE; see --help"),
+    (["encode", "photo.png", "--out", "x.npz", "--short-sid", "64"], "unknown argument --short-sid; did you mean --short-side?"),
+    (["encode", "photo.png", "--out", "x.npz", "--short-side", "many"], "invalid int value: 'many'; see --help"),
+    (["tokenizer", RUN, "--out", "x.safetensors"], "invalid choice: 'tokenizer'"),
     (["decode", "tokens.npz", "--out", "y", "--run", "t.safetensors"], "tokens.npz: was encoded by another tokenizer"),
     (["decode", "tokens.npz", "--out", "."], "photo.png: exists already; choose another --out"),
     (["decode", "cut.npz", "--out", "y"], "cut.npz: not a readable file of tokens"),
@@ -401,8 +415,8 @@ def test_a_runs_tokenizer_saved_alone_decodes_what_the_run_encoded(folder, capsy
     (["decode", "shape.npz", "--out", "y"], r"shape.npz: photo: its token grids are not those of 500x64 pixels"),
     (["decode", "float.npz", "--out", "y"], "late tokens run from 9"),
     (["decode", "tokens.npz", "--out", "photo.png"], "--out photo.png: cannot be made a directory"),
-    (["tokenizer", "t.safetensors", "--out", "x.safetensors"], "already saved alone"),
-    (["tokenizer", pat.RUN, "--out", "x.pt"], "ending in .safetensors")], ids=lambda value: " ".join(value)[:30])
+    (["save", "t.safetensors", "--out", "x.safetensors"], "already saved alone"),
+    (["save", RUN, "--out", "x.pt"], "ending in .safetensors")], ids=lambda value: " ".join(value)[:30])
 def test_a_command_that_cannot_be_done_is_one_line_and_writes_nothing(folder, argv, says):
     Path("cut.npz").write_bytes(Path("tokens.npz").read_bytes()[:-300])
     arrays = dict(np.load("tokens.npz"))
@@ -413,22 +427,21 @@ def test_a_command_that_cannot_be_done_is_one_line_and_writes_nothing(folder, ar
     np.savez("float.npz", **{**arrays, "photo.late": np.full_like(arrays["photo.late"], 99)})
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=says) as error:
-        pat.main(argv)
+        main(argv)
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
 def test_a_run_of_san_has_no_tokens(tmp_path):
     san = world(model="san")
-    save_checkpoint(tmp_path / "checkpoint.safetensors", san, torch.optim.AdamW(san.parameters()), 0, None)
-    (tmp_path / "config.json").write_text(json.dumps(asdict(san.config)))
+    save_run(tmp_path, san, preset("world", "san", pretrained="none"))
     with pytest.raises(InputError, match="a run of SAN, which has no tokens"):
-        pat.main(["tokenizer", str(tmp_path), "--out", str(tmp_path / "t.safetensors")])
+        main(["save", str(tmp_path), "--out", str(tmp_path / "t.safetensors")])
 
 
 def test_from_the_shell_a_failure_ends_with_status_2():
     """The real program: one line on stderr, no traceback."""
-    done = subprocess.run([sys.executable, pat.__file__, "decode", "gone.npz", "--out", "y", "--run", "gone"],
+    done = subprocess.run([sys.executable, program.__file__, "decode", "gone.npz", "--out", "y", "--run", "gone"],
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: gone: no run") and done.stderr.count("\n") == 1, done.stderr
 
@@ -441,7 +454,7 @@ def graph(which):
     whole = world(model="san" if which == "SAN" else "pat")
     if which in ("PAT", "SAN"):
         return whole, (images(1), TEXT)
-    return whole.tokenizer(latent=which == "latent"), (images(1),)
+    return Tokenizer.of(whole, latent=which == "latent"), (images(1),)
 
 
 def agree(found, expected):

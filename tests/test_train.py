@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,57 +13,41 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import losses
+import pat
+import san
 import train
-from images import InputError
-from pat import build, load_run
-from test_archives import pack
-from test_published import encoded, picture
-from train import Stream, gradients, learning_rate, parameter_groups, parse, recipe, restart
-from world import World
+from cli import InputError
+from published.images_of import training_set
+from runs import build, changed, load_config, load_run, trained_state
+from tests.helpers import TINY, TINY_OF, encoded, micro_batches, pack, picture, tiny
+from train import Stream, gradients, learning_rate, parameter_groups, parse, recipe, replaced
+from world.scenes import World
 
-ROOT = Path(__file__).parent.parent
-TINY = dict(batch=4, points=64, crf_samples=64, width=48, hs_heads=4, decoder_width=32, spade_hidden=16, head_width=32,
-            mixer_hidden=32, codes=(32, 16, 8, 32), val_images=4, log_every=1, pretrained="none")
+ROOT = Path(train.__file__).parent
 
 
-def tiny(**changes):
-    return recipe("world", **{**TINY, **changes})
-
-
-def micro_batches(config, rank, world, step=0):
-    local, dataset = config.batch // (world * config.accumulate), World("train")
-    samples = [Stream(dataset, config, step, rank, world)[i] for i in range(local * config.accumulate)]
-    return [(torch.stack([s[0] for s in part]), torch.stack([s[1] for s in part]), torch.tensor([s[2] for s in part]))
-            for part in (samples[k * local:(k + 1) * local] for k in range(config.accumulate))]
-
-
-def one_step(config, rank=0, world=1, restart_codes=False):
-    """Gradients in float64 (or the codebooks after restarting dead codes) of the first step; name -> tensor."""
-    torch.manual_seed(config.seed)
-    model = build(config).double().train()
+def one_step(config, rank=0, processes=1):
+    """Gradients in float64 of the first step; name -> tensor."""
+    torch.manual_seed(config.run.seed)
+    model = build(config.run).double().train()
     text = model.vlm.embed_text(World.train_names)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    _, tokens = gradients(wrapped, text, micro_batches(config, rank, world), config, world=world)
-    if restart_codes:
-        done = restart(model, tokens, config, 0)
-        assert sum(done.values()) > 0
-        return {n: p.detach() for n, p in model.named_parameters() if "codebook" in n}
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
+    gradients(wrapped, text, micro_batches(config, rank, processes), config, processes)
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-def process(rank, world, config, port, path, restart_codes):
+def process(rank, processes, config, port, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    result = one_step(config, rank, world, restart_codes)
+    dist.init_process_group("gloo", rank=rank, world_size=processes)
+    result = one_step(config, rank, processes)
     if rank == 0:
         torch.save(result, path)
     dist.destroy_process_group()
 
 
-def on_two_processes(config, path, restart_codes=False):
-    mp.spawn(process, (2, config, 29000 + os.getpid() % 1000, path, restart_codes), nprocs=2)
+def on_two_processes(config, path):
+    mp.spawn(process, (2, config, 29000 + os.getpid() % 1000, path), nprocs=2)
     return torch.load(path, weights_only=True)
 
 
@@ -79,22 +64,6 @@ def test_two_processes_compute_the_gradient_of_one(tmp_path):
 
 def test_accumulation_computes_the_gradient_of_the_whole_batch():
     same(one_step(tiny()), one_step(tiny(accumulate=2)))
-
-
-def test_dead_codes_restart_alike_on_any_number_of_processes(tmp_path):
-    config = tiny(restart_after=1)
-    alone, split = one_step(config, restart_codes=True), one_step(tiny(restart_after=1, accumulate=2), restart_codes=True)
-    same(alone, split)
-    same(alone, on_two_processes(config, tmp_path / "c.pt", restart_codes=True))
-
-
-def test_off_the_sphere_no_code_restarts():
-    config = tiny(restart_after=1, vmf=False)
-    model = build(config)
-    before = {n: p.clone() for n, p in model.named_parameters() if "codebook" in n}
-    _, tokens = gradients(model, model.vlm.embed_text(World.train_names), micro_batches(config, 0, 1), config)
-    assert restart(model, tokens, config, 0) == {}
-    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if "codebook" in n)
 
 
 def test_the_stream_covers_every_image_once_however_it_is_split():
@@ -128,30 +97,32 @@ def test_resuming_equals_never_having_stopped(tmp_path):
         assert {k: v for k, v in x.items() if k != "ms_per_step"} == {k: v for k, v in y.items() if k != "ms_per_step"}
 
 
-@pytest.mark.parametrize("flags", [["--no-vmf"], ["--scales", "4", "4", "4"], ["--scales", "1", "1", "1"], ["--no-align"],
-                                   ["--align", "literal"], ["--no-mixer"], ["--no-residual"], ["--unified"],
-                                   ["--separate-decoders"], ["--decoder-stages", "mid", "late"], ["--decoder-stages", "late"],
-                                   ["--decoder-stages"], ["--model", "san"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [
+    ["--ablate", "no-vmf"], ["--ablate", "scales-4-4-4"], ["--ablate", "scales-1-1-1"], ["--ablate", "no-align"],
+    ["--set", "align=literal"], ["--ablate", "no-mixer"], ["--ablate", "no-residual"], ["--ablate", "unified"],
+    ["--ablate", "separate-decoders"], ["--ablate", "one-stage-removed"], ["--ablate", "two-stages-removed"],
+    ["--ablate", "three-stages-removed"], ["--model", "san"]], ids=" ".join)
 def test_every_row_of_table_two_trains_a_step(flags, tmp_path):
     """From the command line to finite losses; the row's terms are the ones it claims."""
     config, *_ = parse([*flags, "--out", str(tmp_path / "run")])
-    for field, value in {**TINY, "steps": 2, "batch": 2}.items():
-        setattr(config, field, value)
-    line = json.loads((train.train(config) / "log.jsonl").read_text().splitlines()[-1])
-    assert ("crf" in line) == (flags not in (["--no-align"], ["--model", "san"]))
+    small = {**TINY, **TINY_OF[config.run.model], "steps": 2, "batch": 2}
+    line = json.loads((train.train(changed(config, **small)) / "log.jsonl").read_text().splitlines()[-1])
+    assert ("crf" in line) == (flags not in (["--ablate", "no-align"], ["--model", "san"]))
     assert ("l2" in line) == (flags != ["--model", "san"])
 
 
 def test_the_learning_rate_warms_up_decays_and_ends_at_zero():
-    config = tiny(lr=1.0, warmup=10, steps=100)
+    config = tiny(lr=1.0, warmup=10, steps=100).recipe
     assert learning_rate(config, 0) == pytest.approx(0.1)
     assert learning_rate(config, 50) == pytest.approx(0.5**0.9)
     assert learning_rate(config, 99) == pytest.approx(0.01**0.9)
 
 
 def test_norms_positions_queries_and_codebooks_do_not_decay():
-    model = build(tiny())
-    decay, free = (set(map(id, group["params"])) for group in parameter_groups(model, 0.01))
+    model = build(tiny().run)
+    decay, free = groups = parameter_groups(model, tiny(weight_decay=0.01).recipe)
+    assert [(group["weight_decay"], group["rate"]) for group in groups] == [(0.01, 1.0), (0.0, 1.0)]
+    decay, free = (set(map(id, group["params"])) for group in (decay, free))
     where = {name: id(p) in free for name, p in model.named_parameters() if p.requires_grad}
     assert not decay & free and len(decay | free) == len(where)
     for name in ("side.query_embed", "side.query_pos_embed", "side.pos_embed", "latent.codebook", "side.blocks.0.norm1.bias",
@@ -163,24 +134,85 @@ def test_norms_positions_queries_and_codebooks_do_not_decay():
 
 def test_presets_are_the_papers_recipe():
     config, *_ = parse(["--preset", "coco", "--data", "somewhere"])
-    assert (config.steps, config.batch, config.lr, config.weight_decay, config.clip) == (120_000, 12, 1e-4, 1e-4, 0.01)
-    assert (config.vlm, config.pretrained, config.codes, config.points) == ("ViT-B-16", "openai", (128, 64, 32, 256), 12544)
+    loop, net = config.recipe, config.run.net
+    assert (loop.steps, loop.batch, loop.lr, loop.weight_decay, loop.grad_clip) == (120_000, 12, 1e-4, 1e-4, 0.01)
+    assert (net.clip.vlm, net.clip.pretrained, net.codes, net.points) == ("ViT-B-16", "openai", (128, 64, 32, 256), 12544)
     eva, *_ = parse(["--preset", "coco-eva", "--model", "san"])
-    assert (eva.vlm, eva.model) == ("EVA02-B-16", "san")
+    assert (eva.run.net.clip.vlm, eva.run.model) == ("EVA02-B-16", "san")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags, says", [
     (["--stepz", "3"], "did you mean --steps"), (["--batch", "7", "--accumulate", "2"], "--batch 7 cannot be split"),
     (["--model", "pot"], "pot"), (["--preset", "moon"], "moon"), (["--preset", "coco"], "--data DIR"),
-    (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"), (["--align", "tight"], "tight"),
-    (["--steps", "many"], "many"), (["--steps", "0"], "--steps 0"), (["--accumulate", "0"], "--accumulate 0"),
-    (["--seed", "-1"], "--seed -1"), (["--precision", "bf61"], "bf61"), (["--model", "san", "--no-align"], "no alignment"),
-    (["--model", "san", "--unified"], "no unified"), (["--preset", "coco", "--from-scratch"], "not ViT-B-16")])
+    (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"), (["--set", "align=tight"], "align tight"),
+    (["--steps", "many"], "many"), (["--steps", "0"], "steps 0"), (["--accumulate", "0"], "accumulate 0"),
+    (["--seed", "-1"], "seed -1"), (["--precision", "bf61"], "bf61"), (["--precision", "fp16"], "there are bf16 and fp32"),
+    (["--model", "san", "--ablate", "no-align"], "--ablate no-align: san has nothing to switch off"),
+    (["--model", "san", "--set", "unified=true"], "model san has no number called unified: that number is PAT's"),
+    (["--ablate", "no-mixxer"], "--ablate no-mixxer: pat has no-vmf, .*; did you mean no-mixer"),
+    (["--ablate", "tokens"], "--ablate tokens: pat has no-vmf, scales-4-4-4"),
+    (["--set", "w_rek=1"], "no number called w_rek; did you mean w_rec"), (["--set", "w_rec"], "--set w_rec: takes NAME=VALUE"),
+    (["--set", "vmf=perhaps"], "vmf=perhaps: takes true or false"), (["--set", "scales=a,b"], "scales=a,b: takes values with"),
+    (["--set", "w_rec=much"], "w_rec=much: takes a number, such as 60.0"), (["--set", "points=1.5"], "takes a whole number"),
+    (["--set", "dense_width=3"], "model pat has no number called dense_width: that number is DENSE's"),
+    (["--resume", "runs/x", "--set", "w_rec=1"], "leave out --set"), (["--resume", "runs/x", "--ablate", "no-vmf"], "out --ablate"),
+    (["--resume", "runs/x", "--steps", "9"], "leave out --steps"),
+    (["--w-rec", "1"], "--w-rec is now --set w_rec=..."), (["--no-mixer"], "--no-mixer is now --ablate no-mixer"),
+    (["--clip=0.5"], "--clip is now --set grad_clip=..."), (["--scales", "4", "4", "4"], "--scales is now --set scales=..."),
+    (["--unified"], "--unified is now --ablate unified"), (["--decoder-stages"], "now --set decoder_stages"),
+    (["--from-scratch"], "--from-scratch is now python -m world.pretrain"),
+    (["--ablations"], "--ablations is now python -m studies.ablations")])
 def test_bad_flags_end_in_one_line(flags, says, tmp_path):
     with pytest.raises(InputError, match=says) as error:
-        config, resume, device, _ = parse([*flags] if "--resume" in flags else [*flags, "--out", str(tmp_path / "run")])
+        config, resume, device = parse([*flags] if "--resume" in flags else [*flags, "--out", str(tmp_path / "run")])
         train.train(config, resume, "cpu")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_set_gives_any_number_its_kind_wherever_it_lives():
+    """Of the loop, of the model, of its parts; the last one counts, and --set beside its own flag agrees with it."""
+    pairs = ["w_rec=1", "scales=2,2,1", "vmf=false", "decoder_stages=late", "depths=0,1,2,3", "width=48", "warmup=7",
+             "grad-clip=0.5", "align = literal", "lr=3e-4", "w_vq=1", "w_vq=2"]
+    config, resume, _ = parse([word for pair in pairs for word in ("--set", pair)])
+    net, loop = config.run.net, config.recipe
+    assert (net.w_rec, net.scales, net.vmf, net.decoder_stages, net.w_vq) == (1.0, (2, 2, 1), False, ("late",), 2.0)
+    assert (net.clip.depths, net.side.width, loop.warmup, loop.grad_clip, loop.lr) == ((0, 1, 2, 3), 48, 7, 0.5, 3e-4)
+    assert not resume and isinstance(net.w_rec, float)
+    assert parse(["--set", "steps=9"])[0] == parse(["--steps", "9"])[0] != parse([])[0]
+
+
+def test_set_wins_over_the_row_it_goes_with():
+    """--ablate switches, --set then says one number of it otherwise."""
+    config, *_ = parse(["--ablate", "scales-4-4-4", "--set", "scales=2,2,2"])
+    assert config.run.net.scales == (2, 2, 2)
+    config, *_ = parse(["--ablate", "three-stages-removed", "--set", "decoder_stages=mid,late"])
+    assert config.run.net.decoder_stages == ("mid", "late")
+
+
+def test_every_flag_of_before_is_still_one_or_says_what_replaced_it():
+    """The flags of the last release, as its --help listed them."""
+    gone = """--from-scratch --ablations --seeds --clip-scale --depths --width --depth --heads --patch --grid --queries
+        --head-width --short-side --long-side --ignore --codes --code-dim --kappa --hs-heads --mixer-hidden --decoder-width
+        --decoder-heads --spade-hidden --scales --no-vmf --no-mixer --no-residual --unified --separate-decoders
+        --decoder-stages --warmup --weight-decay --clip --points --w-vq --w-align --w-rec --align --crf-samples
+        --restart-after --restart-share --log-every --save-every --no-align""".split()
+    kept = """--resume --device --vlm --pretrained --model --preset --seed --data --val-data --kernels --out --init --steps
+        --batch --accumulate --lr --precision --workers --stop-at --val-images""".split()
+    assert all(replaced(flag) for flag in gone)
+    assert set(kept) <= train.parser_of()._option_string_actions.keys()
+
+
+def test_help_fits_a_screen_and_is_grouped():
+    text = train.parser_of().format_help()
+    options = re.findall(r"^  (?:-h, )?--[a-z-]+", text, re.M)
+    assert 15 <= len(options) == len(train.parser_of()._actions) <= 24
+    assert all(f"\n{title}:\n" in text for title in ("what", "on what", "how", "where"))
+
+
+# --- run directories -------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_never_overwritten(tmp_path):
@@ -205,21 +237,14 @@ def test_a_run_that_never_saved_starts_anew_and_cannot_resume(tmp_path):
 
 def test_weights_that_run_away_end_in_one_line(tmp_path, monkeypatch):
     """NaN masks reach the matching first; that too names the step."""
-    monkeypatch.setattr(train, "segmentation", lambda masks, *a, **k: losses.segmentation(masks * float("nan"), *a, **k))
+    segmentation = san.segmentation
+    monkeypatch.setattr(san, "segmentation", lambda masks, *a, **k: segmentation(masks * float("nan"), *a, **k))
     with pytest.raises(InputError, match="step 0: the matching cost is not finite"):
         train.train(tiny(steps=2, out=str(tmp_path / "run")))
 
 
-def test_from_scratch_trains_the_worlds_clip_first(tmp_path, monkeypatch):
-    """The weights land in the run directory and the run is set to use them."""
-    made = []
-    monkeypatch.setattr(train, "pretrain", lambda path, seed: made.append(path))
-    config, *_ = parse(["--from-scratch", "--out", str(tmp_path / "run")])
-    assert made == [config.pretrained] == [str(tmp_path / "run" / "world_clip.safetensors")]
-
-
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_term(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "reconstruction", lambda *a: dict(l1=torch.tensor(0.0), l2=torch.tensor(float("nan"))))
+    monkeypatch.setattr(pat, "reconstruction", lambda *a: dict(l1=torch.tensor(0.0), l2=torch.tensor(float("nan"))))
     with pytest.raises(InputError, match="step 0: loss term l2 is nan"):
         train.train(tiny(steps=2, out=str(tmp_path / "run")))
 
@@ -232,28 +257,56 @@ def test_commands_exit_with_two_and_one_line():
 
 def test_torchrun_trains_scores_and_draws(tmp_path):
     """Two gloo processes from the command line leave one complete run."""
-    flags = [f"--{k.replace('_', '-')}" + (f"={v}" if not isinstance(v, tuple) else "") for k, v in TINY.items() if k != "codes"]
+    numbers = {**TINY, **TINY_OF["pat"], "codes": "32,16,8,32"}
+    flags = [word for name, value in numbers.items() for word in ("--set", f"{name}={value}")]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
                            str(29000 + (os.getpid() + 1) % 1000), ROOT / "train.py", *flags, "--steps=2", "--out", tmp_path / "run"],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "mIoU" in (tmp_path / "run" / "scores.txt").read_text()
+    alone = train.train(tiny(steps=2, stop_at=1, out=str(tmp_path / "alone")))            # what is logged is of both processes
+    one, two = (json.loads((run / "log.jsonl").read_text().splitlines()[0]) for run in (alone, tmp_path / "run"))
+    for name in ("ce_1", "mask_2", "dice_2", "vq", "crf", "tv", "l1", "l2", "grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3), name
 
 
 def test_the_coco_preset_trains_on_what_the_folder_holds(tmp_path):
     """COCO-Stuff's archives give its training split, at the preset's sizes; beside a classes.txt, a folder of yours."""
     pack(tmp_path / "train2017.zip", {"train2017/000000000009.jpg": picture(1)})
     pack(tmp_path / "stuffthingmaps_trainval2017.zip", {"train2017/000000000009.png": encoded(np.uint8([[0, 181, 255]] * 2))})
-    dataset = train.training_set(recipe("coco", data=str(tmp_path)))
+    dataset = training_set(recipe("coco", data=str(tmp_path)).run)
     assert dataset.route == "stuffthingmaps" and len(dataset.train_names) == 171 and len(dataset) == 1
     image, label = dataset.draw(0, 0)
     assert image.shape == (3, 640, 640) and set(label.unique().tolist()) == {-1, 0, 170}
     (tmp_path / "classes.txt").write_text("sky")
     with pytest.raises(InputError, match="images: no such folder"):
-        train.training_set(recipe("coco", data=str(tmp_path)))
+        training_set(recipe("coco", data=str(tmp_path)).run)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="needs train2017.zip .* a folder of your own needs images/, labels/ and classes"):
-        train.training_set(recipe("coco", data=str(tmp_path / "empty")))
+        training_set(recipe("coco", data=str(tmp_path / "empty")).run)
+
+
+def test_a_folder_that_cannot_be_read_leaves_no_run(tmp_path):
+    """Its only picture is half a file: one line before anything is on disk."""
+    data = tmp_path / "data"
+    for part in ("images", "labels"):
+        (data / part).mkdir(parents=True)
+        (data / part / "a.png").write_bytes(encoded(np.zeros((8, 8), np.uint8))[:40])
+    (data / "classes.txt").write_text("sky\ntree")
+    with pytest.raises(InputError, match="a.png"):
+        train.train(tiny("san", steps=1, data=str(data), out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_between_checkpoints_forgets_the_lines_after_its_last(tmp_path):
+    """The log has two steps more than the checkpoint, the last one cut short by the kill: they are logged again, once."""
+    config = tiny("san", steps=5, stop_at=4, out=str(tmp_path / "run"))
+    log = train.train(changed(config, stop_at=2)) / "log.jsonl"
+    first = log.read_text()
+    log.write_text(first + '{"step": 2, "lr": 1}\n{"step": 3, "lr"')
+    train.train(config, resume=True)
+    assert log.read_text().startswith(first)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1, 2, 3]
 
 
 def test_a_folder_trains_and_scores(tmp_path):
@@ -285,3 +338,96 @@ def test_a_coco_run_is_scored_on_its_validation_archives(tmp_path):
     table = json.loads((run / "scores.json").read_text())
     assert table["route"] == "stuffthingmaps" and table["groups"] == {"seen": list(range(171))} and table["images"] == 1
     assert len((run / "names.txt").read_text().splitlines()) == 171
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Of every step of AdamW: the learning rates of its groups, and the norm of all gradients it was given."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def spied(self, *args, **kwargs):
+        norms = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(([group["lr"] for group in self.param_groups], torch.stack(norms).norm().item()))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spied)
+    return seen
+
+
+def test_every_step_takes_the_schedules_rate_and_clipped_gradients(steps, tmp_path):
+    """Warm-up and decay reach the optimiser, for each group times its own rate; the log says the norm before clipping."""
+    config = tiny("san", steps=6, stop_at=5, warmup=2, lr=0.01, grad_clip=0.125, out=str(tmp_path / "run"))
+    lines = [json.loads(line) for line in (train.train(config) / "log.jsonl").read_text().splitlines()]
+    assert [rates for rates, _ in steps] == [[learning_rate(config.recipe, step)] * 2 for step in range(5)]
+    assert [line["lr"] for line in lines] == [rates[0] for rates, _ in steps] and len(set(line["lr"] for line in lines)) == 5
+    assert all(norm == pytest.approx(0.125, rel=1e-3) for _, norm in steps)
+    assert all(line["grad_norm"] > 0.2 for line in lines)
+
+
+def test_a_models_rates_multiply_the_learning_rate_of_its_parameters(steps, monkeypatch, tmp_path):
+    """Groups by rate and by decay; the rate is the first prefix's; at rate 0 nothing moves."""
+    monkeypatch.setattr(san.SAN, "rates", {"side.blocks.0": 0.0, "side.": 0.5})
+    config = tiny("san", steps=4, stop_at=3, weight_decay=0.01, out=str(tmp_path / "run"))
+    torch.manual_seed(config.run.seed)
+    model = build(config.run)
+    groups = parameter_groups(model, config.recipe)
+    assert [(group["rate"], group["weight_decay"]) for group in groups] == [
+        (0.0, 0.01), (0.0, 0.0), (0.5, 0.01), (0.5, 0.0), (1.0, 0.01), (1.0, 0.0)]
+    names = {p: name for name, p in model.named_parameters()}
+    for group in groups:
+        for name in (names[p] for p in group["params"]):
+            want = 0.0 if name.startswith("side.blocks.0") else 0.5 if name.startswith("side.") else 1.0
+            assert group["rate"] == want, name
+    assert sum(len(group["params"]) for group in groups) == len([p for p in model.parameters() if p.requires_grad])
+    before = {name: value.clone() for name, value in trained_state(model).items()}
+    after = trained_state(load_run(train.train(config))[0])
+    assert [rates for rates, _ in steps] == [[r * learning_rate(config.recipe, step) for r in (0, 0, 0.5, 0.5, 1, 1)]
+                                             for step in range(3)]
+    for name in after:
+        still = name.startswith("side.blocks.0")
+        assert torch.equal(before[name], after[name]) == still, name
+
+
+def test_several_optimisers_step_in_turn_and_resume(monkeypatch, tmp_path):
+    """A model with two: SGD with momentum for its first group, AdamW for the second; stopped and gone on with, the same."""
+    def both(self, groups, recipe):
+        return [torch.optim.SGD(groups[:1], lr=recipe.lr, momentum=0.9), torch.optim.AdamW(groups[1:], lr=recipe.lr)]
+
+    monkeypatch.setattr(san.SAN, "optimizers", both)
+    for name, stops in (("whole", [4]), ("broken", [2, 4])):
+        for k, stop in enumerate(stops):
+            train.train(tiny("san", steps=5, stop_at=stop, out=str(tmp_path / name)), resume=k > 0)
+    a, b = (load_run(tmp_path / name)[0].state_dict() for name in ("whole", "broken"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_says_every_number_it_was_trained_with(tmp_path):
+    """config.json is flat: a Training comes back from it whole, by --resume."""
+    config = tiny(steps=2, stop_at=1, w_vq=2.5, scales=(2, 2, 1), out=str(tmp_path / "run"))
+    run = train.train(config)
+    stored = json.loads((run / "config.json").read_text())
+    assert not any(isinstance(value, dict) for value in stored.values())
+    assert (stored["w_vq"], stored["short_side"], stored["width"], stored["batch"]) == (2.5, 64, 48, 4)
+    assert load_config(run) == config.run and parse(["--resume", str(run)])[0] == changed(config, stop_at=0)
+
+
+def test_terms_of_weight_zero_are_logged_and_train_nothing(monkeypatch):
+    """loss = sum of weight times term; a term is logged whatever its weight."""
+    config = tiny("san")
+    model = build(config.run).train()
+    text = model.vlm.embed_text(World.train_names)
+    terms = san.SAN.terms
+
+    def with_more(self, out, batch):
+        return {**terms(self, out, batch), "watched": (0.0, self.background.sum())}
+
+    found, _ = gradients(model, text, micro_batches(config), config)
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    monkeypatch.setattr(san.SAN, "terms", with_more)
+    model.zero_grad()
+    more, _ = gradients(model, text, micro_batches(config), config)
+    assert more.keys() - found.keys() == {"watched"} and more["watched"] == model.background.sum().item()
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters() if p.grad is not None)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vq import assign, codebook_health, restart_dead_codes, straight_through, vMFVQ
+from vq import (assign, assign_dot, codebook_health, commitment_loss, nearest, quantise, restart_dead_codes, straight_through,
+                vMFVQ)
 
 
 def test_a_feature_takes_the_code_it_points_to_most():
@@ -35,6 +36,27 @@ def test_ties_go_to_the_lowest_index():
     assert assign(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))[0].tolist() == [0]
 
 
+def test_zero_and_nan_features_are_defined():
+    """Zero: index 0, cosine 0.  NaN: index 0, cosine NaN."""
+    index, code, cosine = assign(torch.tensor([[0.0, 0.0], [0.0, torch.nan]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    assert index.tolist() == [0, 0] and code.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)]] * 2
+    assert cosine[0] == 0 and cosine[1].isnan()
+
+
+def test_a_code_opposite_to_the_feature_still_has_an_index():
+    """All cosines are negative: the largest is the least opposite."""
+    index, _, cosine = assign(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [-1.0, 1.0]]))
+    assert index.tolist() == [1] and cosine.item() == pytest.approx(-0.5**0.5)
+
+
+def test_by_dot_product_length_counts():
+    """x = (2, 1): dot products 2 and 3 with (1, 0) and (0, 3), though the first points nearer; `assign_dot` keeps lengths."""
+    x, codes = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    assert nearest(x, codes).tolist() == [1] and assign(x, codes)[0].tolist() == [0]
+    index, code, score = assign_dot(x, codes)
+    assert index.tolist() == [1] and code.tolist() == [[0.0, 3.0]] and score.tolist() == [3.0]
+
+
 def test_straight_through_has_the_value_of_the_code_and_the_gradient_of_x():
     x, code, up = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
     zq = straight_through(x, code)
@@ -53,6 +75,22 @@ def test_the_loss_by_hand():
         vq.codebook.copy_(torch.tensor([[math.cos(math.pi / 3), math.sin(math.pi / 3)]]))
     tokens = vq(torch.tensor([3.0, 0.0]).view(1, 2, 1, 1))
     assert tokens.loss.item() == pytest.approx(0.5 + 0.25 * 0.5)
+
+
+def test_the_codes_follow_the_features_four_times_as_fast_as_the_features_the_codes():
+    """x = (1, 0), e = (0, 1), two numbers: dL/de = 2 (e - x) / 2 = (-1, 1); dL/dx = .25 (1, -1)."""
+    x, code = torch.tensor([[1.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 1.0]], requires_grad=True)
+    to_x, to_code = torch.autograd.grad(commitment_loss(x, code, 0.25), (x, code))
+    assert to_code.tolist() == [[-1.0, 1.0]] and to_x.tolist() == [[0.25, -0.25]]
+
+
+def test_quantise_is_the_assignment_its_loss_and_its_counts():
+    """Three features, codes east and north: zq the unit codes, two for east, one for north; and beta reaches the loss."""
+    x, codes = torch.tensor([[3.0, 0.0], [2.0, 1.0], [0.0, 1.0]]), torch.tensor([[9.0, 0.0], [0.0, 0.1]])
+    zq, index, loss, counts = quantise(x, codes)
+    assert zq.tolist() == [[1, 0], [1, 0], [0, 1]] and index.tolist() == [0, 0, 1] and counts.tolist() == [2, 1]
+    apart = (2 - 4 / 5**0.5) / 6                              # |g(2,1) - east|² = 2 - 2 cos; mean of six numbers
+    assert loss.item() == pytest.approx(1.25 * apart) and quantise(x, codes, 1.0)[2].item() == pytest.approx(2 * apart)
 
 
 def test_gradients_reach_the_features_through_zq_and_the_codes_through_the_loss():
@@ -74,7 +112,8 @@ def test_the_codebook_gradient_is_the_same_bits_every_time():
     assert all(torch.equal(grads[0], other) for other in grads)
 
 
-QUANTISERS = {"vMFVQ": lambda: vMFVQ(6, 16, 4), "off the sphere": lambda: vMFVQ(6, 16, 4, vmf=False)}    # 16 codes of 4
+QUANTISERS = {"vMFVQ": lambda: vMFVQ(6, 16, 4), "vMFVQ, plain": lambda: vMFVQ(6, 16, 4, kernels="plain"),
+              "off the sphere": lambda: vMFVQ(6, 16, 4, vmf=False)}           # 16 codes of 4
 
 
 @pytest.mark.parametrize("kind", QUANTISERS)

@@ -1,0 +1,133 @@
+"""What a command owes whoever types it: one line when something is wrong, and no file half-written.
+
+    run_cli(main)        an InputError ends the program with one line on stderr and status 2, no traceback
+    parse_flags(parser)  an unknown flag names the closest one there is
+    write_files({...})   files are replaced only when all of them stand whole beside their places
+
+Every file of the project raises `InputError` for what a user gave and cannot be used: where, what is wrong, what to do.
+
+# ours: all of it.
+
+Tests: tests/test_cli.py.  Read next: data.py.
+"""
+
+import argparse
+import difflib
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used.  The message is one line: where, what is wrong, what to do."""
+
+
+def run_cli(main):
+    """Run `main()`; an InputError ends the program with one line on stderr and status 2, without a traceback."""
+    try:
+        main()
+    except InputError as error:
+        # A DataLoader worker hands its error over as a whole traceback whose last line is ours.
+        line = str(error).rstrip().splitlines()[-1]
+        print("error: " + line.split("InputError: ")[-1], file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_flags(parser, argv=None):
+    """parser.parse_args that raises InputError, one line, and names the closest flag to an unknown one.
+
+    Build `parser` with `allow_abbrev=False`, or argparse takes a shortened flag for the full one.
+    """
+    def fail(message):
+        raise InputError(f"{message}; see --help")
+
+    commands = [command for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+                for command in action.choices.values()]
+    for each in (parser, *commands):
+        each.error = fail
+    known = [flag for each in (parser, *commands) for action in each._actions for flag in action.option_strings]
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+        close = difflib.get_close_matches(flag, known, 1, cutoff=0.4)
+        advice = f"did you mean {close[0]}?" if close else "see --help"
+        raise InputError(f"unknown argument {flag}; {advice}")
+    return args
+
+
+def check_device(device):
+    """Raises InputError for "cuda" where no GPU is visible."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
+
+
+def reason(error):
+    """An exception in a few words: its kind, and the first line of what it says."""
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first[:150]}"
+
+
+def make_folder(path):
+    """The folder at `path`; raises InputError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder ({error.strerror})") from error
+
+
+def write_files(files):
+    """Write {path: str, bytes, PIL image or (H,W,3) uint8}, under temporary names first, so a failure changes nothing.
+
+    Raises InputError, one line, when a place cannot be written or its ending names no picture format.
+    """
+    written = {}                                       # place -> where its content stands until all of them do
+    try:
+        for path, content in files.items():
+            path = Path(path)
+            temporary = written[path] = path.with_name(f".{os.getpid()}.{path.name}")
+            if isinstance(content, str):
+                temporary.write_text(content, encoding="utf-8")
+            elif isinstance(content, bytes):
+                temporary.write_bytes(content)
+            else:
+                picture = Image.fromarray(content) if isinstance(content, np.ndarray) else content
+                picture.save(temporary)
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written ({error})") from error
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+
+
+def parse_names(given, where="--labels", item="name"):
+    """Class names from "red star, grass" or from a list -> tuple of str, stripped; item k of it is class k.
+
+    Raises InputError if there is none, or one is blank or occurs twice; `where` and `item` word its message.
+    """
+    parts = given.split(",") if isinstance(given, str) else given
+    names = tuple(name.strip() for name in parts)
+    if not any(names):
+        raise InputError(f"{where}: holds no class names; give at least one, such as: red star, grass")
+    for k, name in enumerate(names, 1):
+        if not name:
+            raise InputError(f"{where}: {item} {k} is blank; remove it, or write the class name that belongs there")
+        first = names.index(name) + 1
+        if first < k:
+            raise InputError(f"{where}: {item} {k} repeats {item} {first}, {name!r}; remove either")
+    return names
+
+
+def tensors_checksum(tensors):
+    """sha256 over names, dtypes, shapes and bytes of a dict of tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

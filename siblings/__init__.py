@@ -1,0 +1,1 @@
+"""Other models on the same contract (segmenter.py): one file each."""

@@ -1,0 +1,77 @@
+"""The benchmark measures the model it names, part by part."""
+
+import time
+from collections import defaultdict
+
+import pytest
+import torch
+
+import data
+from cli import InputError
+from published.folder import Folder
+from runs import build
+from studies.speed import loader, main, measure, photos, samples, timed, watch
+from train import recipe
+
+
+def test_timed_adds_up_and_changes_nothing():
+    spent = defaultdict(float)
+    twice = timed(lambda x: 2 * x, "double", spent)
+    assert [twice(3), twice(4)] == [6, 8] and spent["double"] > 0
+
+
+def test_a_part_within_a_part_counts_once():
+    """The inner second is the outer part's, and an error lets the next part be timed."""
+    spent = defaultdict(float)
+    inner = timed(lambda: time.sleep(0.02), "inner", spent)
+    timed(lambda: inner(), "outer", spent)()
+    assert spent["outer"] >= 0.02 and "inner" not in spent
+    with pytest.raises(ZeroDivisionError):
+        timed(lambda: 1 / 0, "broken", spent)()
+    inner()
+    assert 0.02 <= spent["inner"] < spent["outer"] + 0.02
+
+
+def test_every_part_reports_and_the_answer_stays():
+    config = recipe("world", pretrained="none", batch=2)
+    model, spent = build(config.run).eval(), defaultdict(float)
+    image, text = samples(config, 2)[0], torch.nn.functional.normalize(torch.randn(3, 64), dim=-1)
+    before = model(image, text)["masks"][0]
+    watch(model, spent)
+    assert torch.equal(before, model(image, text)["masks"][0])
+    assert set(spent) == {"CLIP features", "fusion", "pixel branch", "side ViT + semantic", "latent", "decoder",
+                          "recognition"}
+
+
+@pytest.mark.parametrize("name, kernels", [("san", None), ("pat", "auto"), ("dense", None)])
+def test_a_row_measures_any_model_of_the_registry(name, kernels):
+    """A round of training and one of inference: the parts take no longer than the whole, CLIP's features among them."""
+    for training in (True, False):
+        median, peak, mean, spent = measure("world", name, kernels, training, 2, 1, "cpu")
+        assert 0 < sum(spent.values()) <= mean and median == mean and peak > 0
+        assert "CLIP features" in spent and ("decoder" in spent) == (name == "pat")
+
+
+def test_samples_have_the_presets_size():
+    image, label, numbers = samples(recipe("coco", pretrained="none"), 1)
+    assert image.shape == (1, 3, 640, 640) and label.shape == (1, 640, 640) and 10 < len(label.unique()) <= 24
+    assert numbers.tolist() == [0]
+
+
+def test_the_loader_row_adds_up_to_the_whole_draw(tmp_path, capsys):
+    """Images of 640x480; the parts' shares add up to 100 % (six roundings); afterwards nothing is timed any more."""
+    before = data.read_image, data.to_tensor, data.resize_short, data.jitter
+    photos(tmp_path, n=2)
+    assert Folder(tmp_path).read(1)[0].shape == (480, 640, 3)
+    loader(tmp_path, rounds=1, draws=2)
+    rate, parts = capsys.readouterr().out.splitlines()
+    assert rate.startswith("loader, 640x640 crops, 2 images: ") and rate.endswith("median of 1 rounds of 2")
+    assert "images a second of CPU time: " in parts
+    shares = [int(part.split()[-1].rstrip("%")) for part in parts.split(", ") if part[-1] == "%"]
+    assert len(shares) == 6 and 97 <= sum(shares) <= 103
+    assert (data.read_image, data.to_tensor, data.resize_short, data.jitter) == before
+
+
+def test_data_is_for_the_loader_only():
+    with pytest.raises(InputError, match="--data: only together with --loader"):
+        main(["--data", "somewhere"])
