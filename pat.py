@@ -179,7 +179,7 @@ class TokenPyramid:
         given, tokenized, x, t = self.given(), {}, image, None
         q, z, pos = self.side.start(image, f[0])
         for i, stage in enumerate(PYRAMID):
-            tokenized[stage], x = self.pixels.stage(stage, x, f[i + 1], given)                # pixel branch
+            tokenized[stage], x = self.pixels.stage(stage, x, f[i + 1], given)            # pixel branch
             q, z = self.side.step(i, q, z, pos)
             z = z + tokens(f[i + 1])                                                      # (B,P,S), SAN's fusion
             t, q = self.semantic[i](self.codebook(stage), q, z, t)                        # semantic branch
@@ -352,7 +352,5 @@ class PAT(TokenPyramid, SAN):
 
 
 if __name__ == "__main__":
-    from runs import build, preset
-
-    for name in ("world", "coco"):
-        print(f"PAT, {name}: {trainable(build(preset(name, pretrained='none'))):,} trainable parameters")
+    reference = PATConfig(clip=CLIPConfig(pretrained="none"))
+    print(f"PAT with ViT-B/16: {trainable(PAT(reference)):,} trainable parameters")

@@ -1,4 +1,4 @@
-"""A run directory, whatever its model: which model it is, its numbers, its weights, the images it is about.
+"""A run directory, whatever its model: which model it is, its numbers, its weights.
 
     config.json              every number, flat: leaf names are unique among the parts of a config
     checkpoint.safetensors   model.NAME       every trained parameter and every buffer of ours, by its name in the model

@@ -17,7 +17,7 @@ piece of memory that is reused, and attention walks through its scores as seldom
 
 Inside a compiled or exported graph there is no loop over any number of rows: all rows are one part there.
 
-Equal to the plain functions up to rounding, in value and gradient.  Measured: docs/, `python -m kernels.bench`.
+Equal to the plain functions up to rounding, in value and gradient, and like the Triton twins it stands on torch alone.  Measured: docs/, `python -m kernels.bench`.
 Tests: tests/kernels/test_cpu.py.  Read next: tile.py.
 """
 
@@ -25,9 +25,6 @@ from itertools import repeat
 
 import torch
 import torch.nn.functional as F
-
-import vq
-from hsattn import beside, g
 
 CACHED = 2**21                             # weights held at a time: 8 MiB of fp32, which its cache takes
 CHUNK = 4096                               # features scored at a time: (4096,K) scores stay in its cache
@@ -68,10 +65,12 @@ def hypersphere_attention(q, k, v, kappa, mask=None):
     q (..., N, D), k (..., P, D), v (..., P, D), mask (B,P) bool, True for a key that counts, B the first dimension
     -> (..., N, D) with rows of unit length, zero for a query without any key; ValueError for a mask without a batch.
     """
-    if mask is not None:
-        mask = beside(mask, q)                                                            # (B,...,1,P)
     if q.dim() == 2:
+        if mask is not None:
+            raise ValueError("a mask (B,P) says which keys of each image count: give q, k and v with a batch dimension")
         return hypersphere_attention(q[None], k[None], v[None], kappa)[0]
+    if mask is not None:
+        mask = mask.view(len(mask), *[1] * (q.dim() - 2), -1)                             # (B,1,...,1,P)
     wide = torch.promote_types(q.dtype, torch.float32)
     whole = q.to(wide), k.to(wide), v.to(wide), mask
     parts = [whole]
@@ -88,7 +87,7 @@ def hypersphere_attention(q, k, v, kappa, mask=None):
 def nearest(x, codes):
     """The index of the largest dot product, the lowest on a tie; see vq.nearest.  x (n,D), codes (K,D) -> (n) int64"""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return vq.nearest(x, codes)
+        return (x @ codes.T).argmax(1)
     index, best = torch.empty(len(x), dtype=torch.int64), x.new_empty(len(x))
     memory = x.new_empty(min(CHUNK, len(x)), len(codes))                                  # the scores of every chunk
     for part, *out in zip(x.split(CHUNK), best.split(CHUNK), index.split(CHUNK)):
@@ -102,7 +101,7 @@ def assign(x, codes):
 
     x (n,D) of any length, codes (K,D) of any length -> index (n) int64, code (n,D) unit, cosine (n) in [-1,1].
     """
-    codes = g(codes).to(x.dtype)
+    codes = F.normalize(codes, dim=-1).to(x.dtype)            # g of vq.py
     index = nearest(x, codes)
     code = F.embedding(index, codes)
     cosine = torch.einsum("nd,nd->n", x, code) / x.norm(dim=1).clamp(min=1e-12)
@@ -114,8 +113,10 @@ def quantise(x, codes, beta=0.25):
 
     x (n,D), codes (K,D), of any length -> zq (n,D), index (n) int64, loss (), counts (K) int64.
     """
-    x, codes = g(x), g(codes).to(x.dtype)
+    x, codes = F.normalize(x, dim=-1), F.normalize(codes, dim=-1).to(x.dtype)
     index = nearest(x, codes)
     code = F.embedding(index, codes)
     counts = torch.bincount(index, minlength=len(codes))
-    return vq.straight_through(x, code), index, vq.commitment_loss(x, code, beta), counts
+    zq = x + (code - x).detach()                              # straight through
+    loss = F.mse_loss(code, x.detach()) + beta * F.mse_loss(x, code.detach())
+    return zq, index, loss, counts

@@ -1,1 +1,1 @@
-"""Other people's files, as they were published: datasets, lists of names, CLIP weights, SAN checkpoints."""
+"""Files on disk, as others made them: datasets, lists of names, CLIP weights, SAN checkpoints; and a folder of yours."""
