@@ -279,7 +279,7 @@ def parser_of():
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, words in flags.items():
-            group.add_argument("--" + name.replace("_", "-"), metavar=name.split("_")[-1].upper(), help=words)
+            group.add_argument("--" + name.replace("_", "-"), metavar=name.upper(), help=words)
     parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
                         help="any number of the model or the recipe, by its name in the code; as often as needed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

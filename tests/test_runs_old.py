@@ -42,7 +42,7 @@ def test_every_number_of_an_old_config_is_read(model, tmp_path):
     renamed = {"kernels": "auto", "model": model}             # "torch" was what auto is on a CPU
     numbers = flat(config)
     assert numbers == {name: renamed.get(name, as_now(OLD[name])) for name in numbers}
-    assert isinstance(config, RunConfig) and isinstance(config.net, PATConfig if model == "pat" else SANConfig)
+    assert isinstance(config, RunConfig) and isinstance(config.net, {"pat": PATConfig, "san": SANConfig}[model])
     gone = {"decoder_attention", "clip"} | (set(flat(Recipe())) - {"grad_clip"})
     only_of = {"pat": {"head_width"}, "san": set(flat(PATConfig())) - set(flat(SANConfig()))}[model]
     assert set(OLD) - set(numbers) == gone | only_of
@@ -79,7 +79,7 @@ def test_the_clip_beside_an_old_run_is_found_wherever_it_lies(tmp_path):
 @torch.no_grad()
 def test_an_old_run_loads(model, tmp_path):
     """Its config as it was written then, over a checkpoint of the same names: the same answer, bit for bit."""
-    numbers = dict(pretrained="none", scales=(2, 2, 1)) if model == "pat" else dict(pretrained="none")
+    numbers = {"pat": dict(pretrained="none", scales=(2, 2, 1)), "san": dict(pretrained="none")}[model]
     config = preset("world", model, **numbers)
     torch.manual_seed(0)
     trained = build(config)
