@@ -14,7 +14,6 @@ Tests: tests/studies/test_circle.py.  Read next: patches.py.
 import torch
 
 from hsattn import g, hypersphere_attention
-from kernels import kernel
 from studies.pictures import GREY, INK, Figure
 from vq import assign
 
@@ -143,7 +142,6 @@ def bunches():
 def modes(kappas=(1, 10, 100), steps=200):
     """Points on a circle moving to their modes: outside where they start, inwards step by step.  PIL image"""
     points = bunches()
-    attention = kernel(hypersphere_attention, "auto", points)                             # as a run on this device has it
     figure, outer, inner = Figure(900, 384), 122, 40
     figure.text(20, 14, "Mean shift: each point moves to a mode of the density of all points", 22)
     figure.text(20, 44, "Rim: 72 points. Inwards: hypersphere attention, step after step (the first take the most "
@@ -152,7 +150,7 @@ def modes(kappas=(1, 10, 100), steps=200):
         cx, cy = 150 + 300 * column, 212
         path = [points]                                       # where they are after each step, each (72,2)
         for _ in range(steps):
-            path.append(attention(path[-1], points, points, kappa))
+            path.append(hypersphere_attention(path[-1], points, points, kappa))
         cluster = number_modes(path[-1])                                                  # (72)
         times = torch.arange(steps + 1)                                                   # (T)
         radius = outer - (outer - inner) * (1 + times).log() / (1 + times[-1]).log()      # (T) px
