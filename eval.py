@@ -343,7 +343,7 @@ def format_codebooks(rows):
     """What the codebooks did, a line per row and stage, and why LPIPS is missing where it is."""
     lines = []
     if any(row["reconstruction"] and row["reconstruction"]["LPIPS"] is None for row in rows.values()):
-        lines.append(f"LPIPS n/m: not measured, its backbone vgg16-397923af.pth is not in the torch hub cache.")
+        lines.append("LPIPS n/m: not measured, its backbone vgg16-397923af.pth is not in the torch hub cache.")
     for label, row in rows.items():
         for stage, book in row["codebooks"].items():
             text = codebook_cells(book)

@@ -37,7 +37,7 @@ from hsattn import Attn, HSAttn, g
 from kernels import CHOICES, path
 from losses import alignment, perceptual, reconstruction
 from san import MLP, SAN, SMALL_SIDE, WORLD_POINTS, SideConfig, check_heads, check_positive, tokens, trainable
-from segmenter import VLMS, Segmenter, summed
+from segmenter import VLMS, summed
 from vq import codebook_health, features_at, restart_dead_codes, vMFVQ
 
 PYRAMID = ("early", "mid", "late")         # the finest first; the one place where stages are counted and named

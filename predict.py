@@ -17,7 +17,7 @@ Nothing of the size L x H x W is ever held: the answer is worked out a band of r
 its legend and, of a model that repaints and quantises, the reconstruction and the token map of each stage.
 
 # paper: the protocol of the compared scores is SAN's.
-# ours: the rule of --none-of-these; `dense_answer`, a row for comparison that needs no training.
+# ours: the rule of --none-of-these; `DenseCLIP`, a row for comparison that needs no training.
 
 Tests: tests/test_predict.py.  Read next: eval.py.  H, W original size; h, w network input without padding.
 """

@@ -17,7 +17,8 @@ piece of memory that is reused, and attention walks through its scores as seldom
 
 Inside a compiled or exported graph there is no loop over any number of rows: all rows are one part there.
 
-Equal to the plain functions up to rounding, in value and gradient, and like the Triton twins it stands on torch alone.  Measured: docs/, `python -m kernels.bench`.
+Equal to the plain functions up to rounding, in value and gradient; like the Triton twins it stands on torch alone.
+Measured: docs/, `python -m kernels.bench`.
 Tests: tests/kernels/test_cpu.py.  Read next: tile.py.
 """
 

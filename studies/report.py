@@ -3,7 +3,7 @@
     scores      the score table, and the table of meaning.py where it was measured
     tokens      some test images with the token map of every stage; pointing at a token (mouse, finger or arrow keys)
                 lights up the region of its code in all pictures, and shows the patches that chose that code most
-    pictures    what gallery.py draws of the run
+    pictures    what studies/gallery.py draws of the run
 
     python -m studies.report RUN [--compare RUN ...]      scores as eval.py does, with its flags, then draws
 

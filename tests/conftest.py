@@ -1,7 +1,6 @@
 """Tests run from anywhere, on the files of this folder, with one fixed seed each; kernels without a GPU interpreted."""
 
 import os
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from PIL import Image
 
 import data
 from cli import InputError
-from data import (IGNORE, augment, colour_label, jitter, names_checksum, nearest_rows, palette, read_image, read_label,
+from data import (IGNORE, augment, colour_label, jitter, nearest_rows, palette, read_image, read_label,
                   resize_short, rng_for, shift_hsv, to_tensor, to_unit)
 from published.datasets import open_dataset
 from published.folder import layout

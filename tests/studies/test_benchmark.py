@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import eval as E
 import studies.report
 from cli import InputError
 from data import names_checksum, to_unit
