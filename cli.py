@@ -66,20 +66,6 @@ def check_device(device):
         raise InputError("--device cuda: no GPU is visible here; leave it out to use the CPU")
 
 
-def reason(error):
-    """An exception in a few words: its kind, and the first line of what it says."""
-    first, *_ = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {first[:150]}"
-
-
-def make_folder(path):
-    """The folder at `path`; raises InputError where it cannot be made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made a folder ({error.strerror})") from error
-
-
 def write_files(files):
     """Write {path: str, bytes, PIL image or (H,W,3) uint8}, under temporary names first, so a failure changes nothing.
 

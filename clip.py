@@ -160,14 +160,6 @@ class VLM(nn.Module):
         named = self.project(values[:, 1:])                                               # (B,P,E)
         return named.transpose(1, 2).unflatten(2, pyramid.grid)
 
-    def keep_features(self):
-        """Drop, for good, what `features` does not use: text tower, blocks after the last depth, projections."""
-        visual = self.model.visual
-        self.model, self.tokenizer = nn.Module(), None
-        self.model.visual = visual
-        del self.blocks[self.depths[-1]:]
-        self.drop_head()
-
     def tower(self):
         """The text tower's parameters, name -> tensor."""
         return {name: p for name, p in self.model.named_parameters() if not name.startswith(("visual.", "logit_"))}
@@ -228,9 +220,6 @@ class OpenAIViT(VLM):
     def head(self, x):
         return self.model.visual.ln_post(x) @ self.model.visual.proj
 
-    def drop_head(self):
-        self.model.visual.ln_post = self.model.visual.proj = None
-
 
 class EVA(VLM):
     """EVA-02 as timm builds it: learned positions, and rotary ones too: every block turns queries and keys by them."""
@@ -270,10 +259,6 @@ class EVA(VLM):
 
     def head(self, x):
         return self.trunk.head(self.trunk.fc_norm(self.trunk.norm(x)))
-
-    def drop_head(self):
-        trunk = self.trunk
-        trunk.rope = trunk.norm = trunk.fc_norm = trunk.head = self.model.visual.head = None
 
 
 def wrap(model, tokenizer, scale, depths=None):

@@ -10,11 +10,11 @@ A dataset is anything with `names`, `train_names`, `groups` (class ids whose sco
 your own, which is the place to see how (published/folder.py), the published sets (published/datasets.py).
 
     a 480x640 photo: data[i]     image (3,640,853) float, label (480,640) int64, whose size the answer is scored at
-                     data.draw   image (3,640,640) float, label (640,640) int64: a window of it, IGNORE where padded
+                     data.draw   image (3,640,640) float, label (640,640) int64: a window of it, PADDING where padded
 
-Nothing is read half: a label file holds whole, unaltered class ids or is refused.  Every draw is keyed: `rng_for(seed,
-word, n)` is the same generator for the same key, whoever asks for it and on however many processes.  So there is no
-sampler and no shuffling state to save: the step number says it all.  Class i has one colour everywhere.
+Every draw is keyed: `rng_for(seed, word, n)` is the same generator for the same key, whoever asks for it and on however
+many processes.  So there is no sampler and no shuffling state to save: the step number says it all.  Class i has one
+colour everywhere.  Label files: published/labels.py.
 
 # paper: SAN's augmentation.   # differs: PIL's hue in place of OpenCV's, nearest labels by pixel centres (see there).
 
@@ -32,9 +32,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cli import InputError, parse_names
 
-# H, W an image's height and width; S the side of a training crop; L classes.
-
 IGNORE = -1                                            # ours: one value for every dataset, below every class id
+PADDING = -2                                           # in training only: not even a pixel; a model sees IGNORE there
 MEAN = (0.48145466, 0.4578275, 0.40821073)             # CLIP's, RGB, of values in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 TRAIN, VAL, ORDER, AUGMENT = range(4)      # the middle word of a key (seed, word, n): no two uses share a generator
@@ -133,23 +132,6 @@ def read_image(path):
         return np.array(image.convert("RGB"))
 
 
-def read_label(path):
-    """The class ids at `path` as (H,W) int64, exactly as stored: grey values, or palette indices; 8 or 16 bits.
-
-    Raises InputError if the file is missing, broken or truncated, or holds anything but whole, unaltered indices.
-    """
-    with opened(path) as file:
-        if len(file.getbands()) > 1:
-            raise InputError(f"{path}: is colour-coded ({file.mode}), not class ids; save one grey value per class")
-        if file.format not in ("PNG", "TIFF") or file.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-            raise InputError(f"{path}: {file.format} {file.mode} pixels are no exact ids; save it as 8- or 16-bit PNG")
-        stored = file.tile[0].args                        # how the pixels lie in the file, before PIL touches them
-        stored = stored if isinstance(stored, str) else stored[0]
-        if file.mode in ("1", "L") and stored not in ("1", "1;R", "L", "L;R"):    # PIL stretches 4-bit grey to 0..255
-            raise InputError(f"{path}: has grey values stored as {stored}, which PIL rescales; save it as an 8-bit PNG")
-        return np.array(file).astype(np.int64)
-
-
 # ---- resizing, and SAN's training augmentation ----
 def resize_short(image, short, long):
     """Image (H,W,3) uint8, bilinear to short side `short` unless its long side would pass `long`; rounded half up."""
@@ -218,5 +200,5 @@ def augment(image, label, rng, crop, long=2560):
         image, label = image[:, ::-1], label[:, ::-1]
     below, right = crop - label.shape[0], crop - label.shape[1]   # nothing, where the window is full
     image = np.pad(image, ((0, below), (0, right), (0, 0)), constant_values=128)
-    label = np.pad(label, ((0, below), (0, right)), constant_values=IGNORE)
+    label = np.pad(label, ((0, below), (0, right)), constant_values=PADDING)
     return image, label

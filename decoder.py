@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cli import InputError
+from data import MEAN
 from hsattn import Attn
 from san import FeedForward, MaskHead
 
@@ -162,6 +163,9 @@ class Decoder(nn.Module):
         if "pixels" in tasks:
             factor = 2 ** log2(patch / before, "the pixel head")
             self.pixel_head = nn.ConvTranspose2d(width, 3, factor, factor)
+            # It starts with the mean image: from elsewhere the pixels' gradient is 100 times the masks', under one clip.
+            nn.init.normal_(self.pixel_head.weight, std=0.001)
+            self.pixel_head.bias = nn.Parameter(torch.tensor(MEAN))
 
     def forward(self, zq, q=None):
         """zq: stage -> (B,D,h,w), "latent" among them, a missing stage reads as zero; q (B,Q,S) for masks
@@ -200,7 +204,6 @@ if __name__ == "__main__":
     yy, xx = torch.meshgrid(torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 16), indexing="ij")
     disc = (yy**2 + xx**2 < 0.5).float().expand(1, 8, 16, 16)
     up = DySample(8)
-    twice = up(up(disc))[0, 0].detach()
-    Image.fromarray((twice * 255).clamp(0, 255).byte().numpy()).resize((512, 512), 0).save("dysample.png")
+    Image.fromarray((up(up(disc))[0, 0].detach() * 255).clamp(0, 255).byte().numpy()).resize((512, 512), 0).save("dysample.png")
     plain = F.interpolate(disc, scale_factor=2, mode="bilinear")
     print(f"DySample at initialisation is bilinear to within {(up(disc) - plain).abs().max():.4f}")

@@ -40,7 +40,6 @@ from tqdm import tqdm
 from clip import load_vlm
 from cli import InputError, check_device, parse_flags, run_cli, tensors_checksum, write_files
 from data import names_checksum, read_classes, to_unit
-from losses import perceptual
 from predict import DenseCLIP, segment, unpad
 from runs import flat, load_run
 from vq import codebook_health
@@ -251,6 +250,7 @@ def evaluate(model, dataset, names=None, device="cpu", how=Pass(), inception=Non
     -> dict: images, segmentation (see `scores`), reconstruction (means over images) and codebooks (see there); the last
     two are None and {} for a model that neither repaints nor quantises.
     """
+    from published.perceptual import load_lpips               # somebody else's file, opened where it is needed
     names, was_training, stages = names or dataset.names, model.training, model.stages
     model.eval().to(device)
     text = model.vlm.embed_text(names)
@@ -260,7 +260,7 @@ def evaluate(model, dataset, names=None, device="cpu", how=Pass(), inception=Non
         if not extras:
             return prediction, None, {}, None
         original, repainted = to_unit(image).to(device), extras["image"]
-        painted = reconstruction_scores(repainted, original, perceptual(device))
+        painted = reconstruction_scores(repainted, original, load_lpips(str(device)))
         features = inception and torch.stack([inception(original), inception(repainted)])     # (2,F)
         return prediction, painted, count_tokens(extras, model), features
 

@@ -5,6 +5,7 @@
     L_VQ     codes and features to each other, four codebooks (vq.py)
     L_align  neighbours that look alike should get alike tokens: CRF + total variation on the straight-through zq
     L_rec    0.1 L1 + 1.0 L2 + 0.1 LPIPS between image^ and the image
+Padding is in none of the last three (in L_seg a pixel without a label is outside of every mask, as in SAN).
 
 # paper: the four weights; CRF and TV are FeatUp's.  L_seg is SAN's, number for number; L_rec has ViT-VQGAN's weights.
 # differs: the literal alignment, mean(K d) + TV, is smallest when all codes sit on one point, and training finds that
@@ -131,47 +132,67 @@ def squared_distances(z):
     return (square[..., :, None] + square[..., None, :] - 2 * z @ z.transpose(-1, -2)).clamp(min=0)
 
 
-def alignment(zq, image, keys, form="scale-free", samples=1000):
+def cells(inside, grid):
+    """Which cells of a grid (h,w) show image, at least half of their pixels: inside (B,H,W) bool -> (B,h,w) bool"""
+    return F.adaptive_avg_pool2d(inside[:, None].float(), grid)[:, 0] >= 0.5
+
+
+def means(x, inside):
+    """The mean of each x (B,...) over what is inside (B,...) bool of it -> (B)"""
+    inside = inside.to(x.dtype)
+    return (x * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
+
+
+def alignment(zq, image, inside, keys, form="scale-free", samples=1000):
     """CRF and total variation of one stage: dict(crf, tv), means over the images.
 
-    zq (B,D,h,w) straight-through, image (B,3,H,W) CLIP-normalised, keys as in `segmentation`.
-    `form`: "scale-free" divides both by the mean distance of the sampled pixels, "literal" does not.
+    zq (B,D,h,w) straight-through, image (B,3,H,W) CLIP-normalised, inside (B,h,w) bool: not padding, keys as in
+    `segmentation`.  `form`: "scale-free" divides both by the mean distance of the sampled pixels, "literal" does not.
     """
     B, _, h, w = zq.shape
-    n = min(samples, h * w)
-    pixels = torch.stack([torch.randperm(h * w, generator=generator(*key))[:n] for key in keys]).to(zq.device)   # (B,n)
+    n, here = min(samples, h * w), inside.flatten(1)
+    pixels = torch.stack([torch.randperm(h * w, generator=generator(*key)) for key in keys]).to(zq.device)       # (B,P)
+    padding_last = (~here.gather(1, pixels)).to(torch.uint8).argsort(dim=1, stable=True)
+    pixels = pixels.gather(1, padding_last)[:, :n]                                        # (B,n)
+    here = here.gather(1, pixels)
+    pairs = here[:, :, None] & here[:, None]                                              # (B,n,n)
     colours = F.adaptive_avg_pool2d(image, (h, w)).flatten(2)                             # (B,3,P)
     colours = colours.gather(2, pixels[:, None].expand(-1, 3, -1)).transpose(1, 2)        # (B,n,3)
-    z = zq.flatten(2).gather(2, pixels[:, None].expand(-1, zq.shape[1], -1)).transpose(1, 2)
+    z = zq.flatten(2).gather(2, pixels[:, None].expand(-1, zq.shape[1], -1)).transpose(1, 2)      # (B,n,D)
+    z = z.masked_fill(~here[..., None], 0)
     points = torch.stack([pixels // w / h, pixels % w / w], -1).float()
     K, d = kernel(points, colours), squared_distances(z)
-    crf = (K * d).mean((1, 2))                                                            # (B)
-    tv = zq.diff(dim=2).square().mean((1, 2, 3)) + zq.diff(dim=3).square().mean((1, 2, 3))
+    crf = means(K * d, pairs)                                                             # (B)
+    tv = (means(zq.diff(dim=2).square().sum(1), inside[:, 1:] & inside[:, :-1]) +
+          means(zq.diff(dim=3).square().sum(1), inside[:, :, 1:] & inside[:, :, :-1]))
     if form == "scale-free":
-        mean = d.mean((1, 2)).clamp(min=1e-6 * z.detach().square().sum(-1).mean(1))      # one code everywhere: d is noise
-        crf, tv = crf / (K.mean((1, 2)) * mean), tv / mean
+        mean = means(d, pairs).clamp(min=1e-6 * z.detach().square().sum(-1).mean(1))      # one code everywhere: d is noise
+        crf, tv = crf / (means(K, pairs) * mean), tv / mean
     return dict(crf=crf.mean(), tv=tv.mean())
 
 
 def perceptual(device):
-    """LPIPS-VGG on a device, or None where its backbone is not at hand."""
-    from published.perceptual import load_lpips               # somebody else's file, opened where it is needed
-    return load_lpips(str(device))
+    """LPIPS-VGG on a device.  Raises InputError where its backbone is not at hand."""
+    from published.perceptual import needed                   # somebody else's file, opened where it is needed
+    return needed(str(device))
 
 
-def reconstruction(image_hat, image, lpips=None):
-    """dict(l1, l2[, lpips]) of images in [0,1], before the weights 0.1, 1.0, 0.1."""
-    terms = dict(l1=F.l1_loss(image_hat, image), l2=F.mse_loss(image_hat, image))
+def reconstruction(image_hat, image, inside, lpips=None):
+    """dict(l1, l2[, lpips]) of images (B,3,H,W) in [0,1], inside (B,H,W) bool: not padding; before 0.1, 1.0, 0.1."""
+    error = image_hat - image
+    terms = dict(l1=means(error.abs().mean(1), inside).mean(), l2=means(error.square().mean(1), inside).mean())
     if lpips is not None:
-        terms["lpips"] = lpips(2 * image_hat - 1, 2 * image - 1).mean()
+        whole = torch.where(inside[:, None], image_hat, image)                            # no error where there is padding
+        shares = inside.float().mean((1, 2)).clamp(min=1e-6)
+        terms["lpips"] = (lpips(2 * whole - 1, 2 * image - 1).flatten() / shares).mean()
     return terms
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    image, keys = torch.randn(1, 3, 16, 16), [(0,)]
+    image, inside, keys = torch.randn(1, 3, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool), [(0,)]
     codes = F.normalize(torch.randn(1, 32, 16, 16), dim=1)
     together = F.normalize(codes + 3 * F.normalize(torch.ones(1, 32, 1, 1), dim=1), dim=1)   # the same map, huddled
     for form in ("literal", "scale-free"):
-        apart, huddled = (sum(alignment(z, image, keys, form).values()).item() for z in (codes, together))
+        apart, huddled = (sum(alignment(z, image, inside, keys, form).values()).item() for z in (codes, together))
         print(f"{form}: codes apart {apart:.3f}, codes huddled together {huddled:.3f}")

@@ -35,7 +35,7 @@ from data import rng_for, to_unit
 from decoder import Decoder, Up, log2
 from hsattn import Attn, HSAttn, g
 from kernels import CHOICES, path
-from losses import alignment, perceptual, reconstruction
+from losses import alignment, cells, means, perceptual, reconstruction
 from san import MLP, SAN, SMALL_SIDE, WORLD_POINTS, SideConfig, check_heads, check_positive, tokens, trainable
 from segmenter import VLMS, summed
 from vq import codebook_health, features_at, restart_dead_codes, vMFVQ
@@ -72,9 +72,10 @@ class PATConfig:
     w_align: float = 0.1
     w_rec: float = 1.0
     align: str = "scale-free"          # or "literal", the paper's; "none" drops it
+    align_latent: bool = False         # L_align on the latent too, not only on the pyramid
+    perceptual: bool = True            # LPIPS-VGG in L_rec; its backbone is a file to be had once
     crf_samples: int = 1000            # pixels an image and stage
-    restart_after: int = 0             # steps without use before a code restarts; 0 = never
-    restart_share: float = 0.0         # "use" means more than this fraction of an even share of the features
+    restart_after: float = 25_000      # a code restarts that is not used once where an even share is so many uses; 0: never
 
 
 class TokenMixer(nn.Module):
@@ -198,8 +199,8 @@ class PAT(TokenPyramid, SAN):
     PRESETS["world"].update(
         SMALL_SIDE, hs_heads=6, mixer_hidden=96, decoder_width=64, decoder_heads=4, spade_hidden=32,
         points=WORLD_POINTS, crf_samples=128,
-        w_vq=5.0, w_rec=60.0,              # 0.1 and 1 in the paper, which trains 140 times longer and adds LPIPS
-        restart_after=10, restart_share=0.2)
+        w_vq=5.0, w_align=6.0, w_rec=60.0,     # 0.1, 0.1 and 1 in the paper, which trains 140 times longer and adds LPIPS
+        perceptual=False, restart_after=250)
     ABLATIONS = {                          # the rows of the paper's Table II
         "no-vmf": dict(vmf=False), "scales-4-4-4": dict(scales=(4, 4, 4)), "scales-1-1-1": dict(scales=(1, 1, 1)),
         "no-align": dict(align="none"), "no-mixer": dict(mixer=False), "no-residual": dict(residual=False),
@@ -258,8 +259,8 @@ class PAT(TokenPyramid, SAN):
             for n, before in zip(sizes, [0, *sizes]))
         self.decoder = decoder("masks") if c.separate_decoders else decoder("masks", "pixels")
         self.pixel_decoder = decoder("pixels") if c.separate_decoders else None
-        for stage, vq in self.quantisers().items():           # steps since each code's last use, for restarts
-            vq.register_buffer("idle", torch.zeros(len(self.codebook(stage)), dtype=torch.int64))
+        for stage, vq in self.quantisers().items():           # expected uses since each code's last; inf: has not begun
+            vq.register_buffer("idle", torch.full([len(self.codebook(stage))], torch.inf))
         self.uses, self.last = {}, {}      # stage -> uses of each code since the last logged line; the last step's features
 
     def given(self):
@@ -282,22 +283,26 @@ class PAT(TokenPyramid, SAN):
 
     def terms(self, out, batch):
         """L_seg + w_vq L_VQ + w_align L_align + w_rec L_rec."""
-        c, terms, tokenized = self.config, super().terms(out, batch), out["tokens"].values()
-        terms["vq"] = c.w_vq, sum(tokens.loss for tokens in tokenized)
+        c, terms, tokenized = self.config, super().terms(out, batch), out["tokens"]
+        inside = {stage: cells(batch.inside, tokens.index.shape[1:]) for stage, tokens in tokenized.items()}
+        terms["vq"] = c.w_vq, sum(means(tokens.loss, inside[stage]).mean() for stage, tokens in tokenized.items())
         if c.align != "none":
-            aligned = [alignment(tokens.zq, batch.images, [(*key, 3 + i) for key in batch.keys], c.align, c.crf_samples)
-                       for i, tokens in enumerate(tokenized)]
+            aligned = [alignment(tokens.zq, batch.images, inside[stage], [(*key, 3 + i) for key in batch.keys], c.align,
+                                 c.crf_samples)
+                       for i, (stage, tokens) in enumerate(tokenized.items()) if stage in PYRAMID or c.align_latent]
             terms["crf"] = c.w_align, sum(a["crf"] for a in aligned)
             terms["tv"] = c.w_align, sum(a["tv"] for a in aligned)
-        lpips = perceptual(batch.images.device)
+        lpips = perceptual(batch.images.device) if c.perceptual else None
         factors = dict(l1=0.1 * c.w_rec, l2=1.0 * c.w_rec, lpips=0.1 * c.w_rec)
-        for name, loss in reconstruction(out["image"], to_unit(batch.images), lpips).items():
+        for name, loss in reconstruction(out["image"], to_unit(batch.images), batch.inside, lpips).items():
             terms[name] = factors[name], loss
         return terms
 
     def notes(self, device):
-        """Whether LPIPS is on, and which path the two operations with a kernel take."""
+        """Which path the two operations with a kernel take.  Raises InputError also where LPIPS is not at hand."""
         c, ways = self.config, {}
+        if c.perceptual:
+            perceptual(device)
         try:                                                  # every precision that autocast may choose goes the same way
             if c.vmf:
                 ways["assignment"] = path(c.kernels, torch.device(device), torch.float32, c.code_dim)
@@ -306,34 +311,40 @@ class PAT(TokenPyramid, SAN):
                 ways["mean shift"] = path(c.kernels, torch.device(device), torch.float32, head, c.kappa)
         except ValueError as error:
             raise InputError(f"--kernels {c.kernels}: {error}") from error
-        ways = ", ".join(f"{name} by {way}" for name, way in ways.items()) or "no operation with a kernel"
-        return f"LPIPS {'on' if perceptual(device) else 'off'}; {ways}"
+        return ", ".join(f"{name} by {way}" for name, way in ways.items()) or "no operation with a kernel"
 
-    def remember(self, out):
-        """stage -> uses of each code (K), the features as W_pre gave them (b,D,h,w)"""
-        return {stage: (tokens.counts, tokens.x.detach()) for stage, tokens in out["tokens"].items()}
+    def remember(self, out, batch):
+        """stage -> uses of each code (K), the features as W_pre gave them (b,D,h,w), which of them are inside (b,h,w)"""
+        kept = {}
+        for stage, found in out["tokens"].items():
+            inside = cells(batch.inside, found.index.shape[1:])
+            counts = torch.bincount(found.index[inside], minlength=len(self.codebook(stage)))
+            kept[stage] = counts, found.x.detach(), inside
+        return kept
 
     def after_step(self, remembered, step, config):
-        """Count uses; dead codes restart on features of this step's batch, the same on any number of processes.
+        """Count uses; codes start, and dead ones start again, on features of this step's batch, alike on all processes.
 
-        Not in the last 15 % of the steps, which keep the codes there are; not a codebook that is somebody else's (the
-        unified one belongs to the queries); and not off the sphere, where a code on a long feature wins features of
-        half the space and draws them to its length: the next restart lands on a longer one (L_VQ: 45,000 in 160 steps).
+        No restart in the last 15 % of the steps, which keep the codes there are; none of a codebook that is somebody
+        else's (the unified one belongs to the queries); and none off the sphere, where a code on a long feature wins
+        features of half the space and draws them to its length: the next lands on a longer one (L_VQ: 45,000 in 160 steps).
         """
-        c, batch = self.config, config.recipe.batch
+        c, batch, new = self.config, config.recipe.batch, {}
         numbers = torch.cat([numbers for numbers, _ in remembered])                       # (b) the images of this process
-        restarts = c.restart_after and step < 0.85 * config.recipe.steps
         for which, (stage, vq) in enumerate(self.quantisers().items()):
             counts, restarted = sum(kept[stage][0] for _, kept in remembered), 0          # (K)
-            if restarts and vq.codebook is not None and vq.vmf:
-                x = torch.cat([kept[stage][1] for _, kept in remembered])                 # (b,D,h,w)
-                rng, K = rng_for(config.run.seed, step, which, RESTART), len(counts)
-                images, places = step * batch + rng.integers(batch, size=K), rng.random(K)    # one feature drawn a code
-                candidates = g(summed(features_at(x, numbers, images, places)))           # (K,D)
-                restarted = restart_dead_codes(vq.codebook, vq.idle, summed(counts), candidates, c.restart_after,
-                                               c.restart_share)
+            if vq.codebook is not None:
+                x, inside = (torch.cat([kept[stage][i] for _, kept in remembered]) for i in (1, 2))   # (b,D,h,w), (b,h,w)
+                rng, K, P = rng_for(config.run.seed, step, which, RESTART), len(counts), inside[0].numel()
+                image, place = divmod(rng.choice(batch * P, K, replace=batch * P < K), P)     # one feature drawn a code
+                candidates = summed(features_at(x, inside, numbers, step * batch + image, (place + 0.5) / P))     # (K,D)
+                after = c.restart_after if vq.vmf and step < 0.85 * config.recipe.steps else 0
+                candidates = g(candidates) if vq.vmf else candidates
+                put = restart_dead_codes(vq.codebook, vq.idle, summed(counts), candidates, after)
+                new[vq.codebook], restarted = put, int(put.sum())
             self.uses[stage] = self.uses.get(stage, 0) + counts
             self.last[stage] = remembered[0][1][stage][1], restarted
+        return new
 
     def log(self):
         """The health of each codebook since the last logged line, and how many of its codes restarted in this step."""

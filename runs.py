@@ -270,9 +270,8 @@ def layers(names, everything):
 def warm_start(model, run):
     """Start from another run: copy every trained entry of its checkpoint that has a place of its shape in `model`.
 
-    CLIP's position embedding belongs to its CLIP, so it comes along only if the frozen weights are the same.
-    -> a line that says what was taken, and
-    which layers were not.  Raises InputError if there is no such run, or nothing fits.
+    CLIP's position embedding belongs to its CLIP, so it comes along only if the frozen weights are the same.  -> a line
+    that says what was taken, and which layers were not.  Raises InputError if there is no such run, or nothing fits.
     """
     if Path(run).is_file():
         raise InputError(f"--init {run}: takes a run directory; a published SAN checkpoint becomes one with "

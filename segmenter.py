@@ -16,7 +16,7 @@ One step of train.py, whole:
     totals = summed(sum(model.totals(labels) for _, labels, _ in micro_batches))
     for images, labels, numbers in micro_batches:
         out   = model(images, text)
-        terms = model.terms(out, Batch(images, labels, keys, totals, parts))
+        terms = model.terms(out, Batch(images, labels, inside, keys, totals, parts))
         loss  = sum(weight * term for weight, term in terms.values()) / len(micro_batches)
 
 and one prediction of eval.py, for masks, maps of names and groups alike:
@@ -51,6 +51,7 @@ class Batch(NamedTuple):
 
     images: torch.Tensor       # (b,3,H,W) CLIP-normalised
     labels: torch.Tensor       # (b,H,W) int64, ids of the training names or IGNORE
+    inside: torch.Tensor       # (b,H,W) bool, False where there is no image but padding
     keys: list                 # b tuples of integers: whatever is drawn at random for an image is keyed by its own
     totals: torch.Tensor       # (n,) float64: `totals`, summed over all processes and micro-batches of the step
     parts: int                 # of how many micro-batches this is one: a sum is divided by total / parts
@@ -108,12 +109,14 @@ class Segmenter(nn.Module):
         """groups: [dict(params, lr, weight_decay, rate)] -> the optimisers that step in turn."""
         return [torch.optim.AdamW(groups, lr=recipe.lr)]
 
-    def remember(self, out):
+    def remember(self, out, batch):
         """What `after_step` needs of one micro-batch, detached."""
         return None
 
     def after_step(self, remembered, step, config):
-        """Once the optimiser has stepped.  remembered: [(numbers (b), remember(out))] of the step; config: a Training."""
+        """Once the optimiser has stepped.  remembered: [(numbers (b), remember(out, batch))] of the step; config: a
+        Training.  -> {parameter: rows (bool) that are new and have no past}: the loop clears the moments of these."""
+        return {}
 
     def log(self):
         """Further entries of a logged line, on every process: {name: number or dict}."""

@@ -45,6 +45,19 @@ from vq import codebook_health
 UNSIGNED = {"seed": 0, "preset": ""}       # what files of before November 2026 tell too, and how their fingerprint took it
 
 
+def keep_features(vlm):
+    """Drop of a CLIP, for good, what `features` does not use: text tower, blocks after the last depth, projections."""
+    visual = vlm.model.visual
+    vlm.model, vlm.tokenizer = nn.Module(), None
+    vlm.model.visual = visual
+    del vlm.blocks[vlm.depths[-1]:]
+    if hasattr(visual, "trunk"):                              # EVA
+        trunk = visual.trunk
+        trunk.rope = trunk.norm = trunk.fc_norm = trunk.head = visual.head = None
+    else:
+        visual.ln_post = visual.proj = None
+
+
 class Tokenizer(TokenPyramid, nn.Module):
     """See the header.  `Tokenizer.of(model)` or `Tokenizer.load` make one; by itself this builds shapes without numbers.
 
@@ -57,7 +70,7 @@ class Tokenizer(TokenPyramid, nn.Module):
             model = PAT(changed(config, pretrained="none"))
         self.config, self.stride, self.stages = config, model.stride, STAGES if latent else PYRAMID
         self.vlm, self.pixels = model.vlm, model.pixels
-        self.vlm.keep_features()
+        keep_features(self.vlm)
         self.fusion = nn.ModuleDict({str(i): model.fusion[i] for i in range(0 if latent else 1, len(STAGES))})
         self.register_buffer("unified", model.given())           # the one codebook of that ablation, or None
         self.side = self.semantic = self.latent = self.decoder = None

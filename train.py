@@ -25,6 +25,7 @@ Tests: tests/test_train.py.  This is where everything comes together: read it la
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cli import InputError, check_device, parse_flags, run_cli, write_files
+from data import IGNORE, PADDING
 from runs import (MODELS, RENAMED, RunConfig, build, changed, closest, filled, flat, leaves, load_checkpoint, load_config,
                   model_class, parse_value, preset, read_config, save_checkpoint, warm_start)
 from san import check_positive, trainable
@@ -105,40 +107,43 @@ def gradients(model, text, micro_batches, config, processes=1):
     device, n = text.device, len(micro_batches)
     autocast = dict(device_type=device.type, dtype=torch.bfloat16,
                     enabled=device.type == "cuda" and config.recipe.precision != "fp32")
-    micro_batches = [(images.to(device, text.dtype, non_blocking=True), labels.to(device), numbers)
-                     for images, labels, numbers in micro_batches]
+    micro_batches = [(images.to(device, text.dtype, non_blocking=True), labels.to(device).clamp(min=IGNORE),
+                      labels.to(device) != PADDING, numbers) for images, labels, numbers in micro_batches]
     # Totals over all processes and accumulation steps, known before any forward pass, divided by the number of shares:
     # DDP averages over processes and the loss below over micro-batches, so each image ends up with its weight / total.
-    totals = summed(sum(bare.totals(labels) for _, labels, _ in micro_batches))
+    totals = summed(sum(bare.totals(labels) for _, labels, _, _ in micro_batches))
     logged, remembered = {}, []
-    for k, (images, labels, numbers) in enumerate(micro_batches):
+    for k, (images, labels, inside, numbers) in enumerate(micro_batches):
         if model is not bare:
             model.require_backward_grad_sync = k == n - 1     # one exchange a step
         with torch.autocast(**autocast):
             out = model(images, text)
         keys = [(config.run.seed, int(number)) for number in numbers]
-        terms = bare.terms(out, Batch(images, labels, keys, totals, n * processes))
+        batch = Batch(images, labels, inside, keys, totals, n * processes)
+        terms = bare.terms(out, batch)
         for name, (_, term) in terms.items():
             if not torch.isfinite(term):
                 raise FloatingPointError(f"loss term {name} is {term.item()}")
             logged[name] = logged.get(name, 0.0) + term.detach().double() / n
         loss = sum(weight * term for weight, term in terms.values()) / n
         loss.backward()
-        remembered.append((numbers, bare.remember(out)))
+        remembered.append((numbers, bare.remember(out, batch)))
     return logged, remembered
 
 
 # --- optimiser -----------------------------------------------------------------------------------------------------
+NO_DECAY = ("pos_embed", "positional_embedding", "query_embed", "query_pos_embed", "codebook")      # beside all norms
+
+
 def parameter_groups(model, recipe):
     """Trained parameters by learning rate (Segmenter.rates) and by weight decay: none on norms, positions, queries and
     codebooks."""
-    norms = {id(p) for m in model.modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.GroupNorm))
-             for p in m.parameters()}
+    norms = {p for m in model.modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.GroupNorm)) for p in m.parameters()}
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             rate = next((factor for prefix, factor in model.rates.items() if name.startswith(prefix)), 1.0)
-            plain = id(p) in norms or any(word in name for word in ("pos", "query_embed", "codebook"))
+            plain = p in norms or name.split(".")[-1] in NO_DECAY
             groups.setdefault((rate, plain), []).append(p)
     return [dict(params=groups[rate, plain], rate=rate, weight_decay=0.0 if plain else recipe.weight_decay)
             for rate, plain in sorted(groups)]
@@ -147,6 +152,15 @@ def parameter_groups(model, recipe):
 def learning_rate(recipe, step):
     """Linear warm-up, then poly decay with power 0.9, 0 at the end."""
     return recipe.lr * min(1.0, (step + 1) / max(recipe.warmup, 1)) * (1 - step / recipe.steps) ** 0.9
+
+
+def forget(optimizers, new):
+    """Zero the moments of rows that are new, {parameter: rows (bool)}: what they moved like before says nothing."""
+    for p, rows in new.items():
+        for optimizer in optimizers:
+            for moment in optimizer.state.get(p, {}).values():
+                if moment.shape == p.shape:
+                    moment[rows] = 0
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
@@ -234,7 +248,7 @@ def train(config, resume=False, device="cpu"):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
-        model.after_step(remembered, step, config)
+        forget(optimizers, model.after_step(remembered, step, config) or {})
         # ---- end of the step ----
 
         if (step + 1) % recipe.log_every == 0 or step + 1 == stop:
@@ -301,7 +315,8 @@ def settings(config, pairs):
 
 
 GONE = {"from-scratch": "python -m world.pretrain --train, then --pretrained FILE",      # flags of before November 2026
-        "ablations": "python -m studies.ablations", "seeds": "python -m studies.ablations --seeds"}
+        "ablations": "python -m studies.ablations", "seeds": "python -m studies.seeds --seeds",
+        "restart-share": "--set restart_after=..., in expected uses"}
 
 
 def replaced(flag):
@@ -348,8 +363,8 @@ def parse(argv=None):
     config = changed(config, **numbers)
     if config.recipe.init and Path(config.recipe.init).is_dir() and "pretrained" not in numbers:
         began = load_config(config.recipe.init).net.clip
-        if began.vlm == config.run.net.clip.vlm:
-            config = changed(config, pretrained=began.pretrained)
+        if config.run.net.clip.vlm in (began.vlm, re.sub("-(quick)?gelu$", "", began.vlm)):
+            config = changed(config, vlm=began.vlm, pretrained=began.pretrained)
     return config, False, device
 
 

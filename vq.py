@@ -10,8 +10,10 @@ The posterior of a feature x is softmax_k(kappa e_kᵀx) and its mode does not d
     u (B,S,h,w) = (2,240,160,160)  ->  zq (B,32,h,w), index (B,h,w) in 0..K-1
 
 # paper: Eq. 1 (hard assignment), codebooks of 128, 64, 32 and 256 codes of 32 dimensions.
-# ours: L2-normalised codes with ViT-VQGAN's losses and factorised code width; N(0,1) init; codes are plain parameters,
-#       trained by gradient, because the semantic branch moves and trains them too; dead codes may restart.
+# ours: L2-normalised codes with ViT-VQGAN's losses and factorised code width; codes are plain parameters, trained by
+#       gradient, because the semantic branch moves and trains them too; they start as features of the first batch, and
+#       one that nobody chooses starts again.  (From N(0,1), the usual start, a short run cannot turn them: they are six
+#       times longer than a feature, and Adam's step does not grow with them.)
 
 These formulas are the definition; kernels/cpu.py and kernels/vmf_assign.py hold faster twins, which `vMFVQ` takes.
 
@@ -21,7 +23,7 @@ A quantiser, to the rest of the model, is a module with five things; vMFVQ is th
     forward(u, given=None)   features of a stage -> Tokens; `given` is somebody else's codebook, or None
     codes(given=None)        the codes as they are used, (K,D): what the semantic branch starts its local tokens from
     choose(x, codes)         the index of each feature x (n,D), as Tokens.x holds them; for codebook_health's bf16
-    codebook, vmf            the parameter whose dead codes restart, on the sphere only; None: nothing to restart
+    codebook, vmf            the parameter whose codes start on features, and restart on the sphere only; or None
 
 Demo: `python vq.py` quantises the colours of a world scene.  Tests: tests/test_vq.py.  Read next: clip.py.
 """
@@ -48,16 +50,14 @@ def assign(x, codes):
     x (n,D) of any length, codes (K,D) of any length -> index (n) int64, code (n,D) unit, cosine (n) in [-1,1].  A zero
     feature has index 0 and cosine 0; one with NaN has index 0 and cosine NaN.
     """
-    x, codes = g(x), g(codes).to(x.dtype)
-    index = nearest(x, codes)
-    code = F.embedding(index, codes)                          # not codes[index]: its gradient sums in a random order
-    return index, code, (x * code).sum(1)
+    x = g(x)
+    return assign_dot(x, g(codes).to(x.dtype))
 
 
 def assign_dot(x, codes):
     """Eq. 1's VQ off the sphere: the largest dot product, so length counts.  Same shapes as `assign`."""
     index = nearest(x, codes)
-    code = F.embedding(index, codes)
+    code = F.embedding(index, codes)                          # not codes[index]: its gradient sums in a random order
     return index, code, (x * code).sum(1)
 
 
@@ -67,40 +67,34 @@ def straight_through(x, code):
 
 
 def commitment_loss(x, code, beta):
-    """The header's L_VQ: codes to features, plus `beta` times features to codes.  x, code (n,D) -> ()"""
-    return F.mse_loss(code, x.detach()) + beta * F.mse_loss(x, code.detach())
+    """The header's L_VQ of each feature: codes to features, plus `beta` times features to codes.  x, code (n,D) -> (n)"""
+    return (code - x.detach()).square().mean(1) + beta * (x - code.detach()).square().mean(1)
 
 
 def quantise(x, codes, beta=0.25):
-    """The whole step: x (n,D), codes (K,D), of any length -> zq (n,D), index (n) int64, loss (), counts (K) int64.
+    """The whole step: x (n,D), codes (K,D), of any length -> zq (n,D), index (n) int64, loss (n) of each feature.
 
     zq has the value of the chosen unit codes and the gradient of g(x); `beta` is the 0.25 of the header's loss.
     """
-    x, codes = g(x), g(codes).to(x.dtype)
-    index = nearest(x, codes)
-    code = F.embedding(index, codes)
-    counts = torch.bincount(index, minlength=len(codes))
-    return straight_through(x, code), index, commitment_loss(x, code, beta), counts
+    x = g(x)
+    return quantise_dot(x, g(codes).to(x.dtype), beta)
 
 
 def quantise_dot(x, codes, beta=0.25):
     """`quantise` off the sphere (Table II, "no vMF"): the largest dot product of raw vectors."""
     index = nearest(x, codes)
     code = F.embedding(index, codes)
-    counts = torch.bincount(index, minlength=len(codes))
-    return straight_through(x, code), index, commitment_loss(x, code, beta), counts
+    return straight_through(x, code), index, commitment_loss(x, code, beta)
 
 
 @dataclass
 class Tokens:
-    """What one quantiser returns: zq and, as W_pre gave them, the features x (B,D,h,w both), index (B,h,w), loss and
-    counts (K)."""
+    """What one quantiser returns: zq and, as W_pre gave them, the features x (B,D,h,w both); index and loss (B,h,w)."""
 
     zq: torch.Tensor
     index: torch.Tensor
     x: torch.Tensor
     loss: torch.Tensor
-    counts: torch.Tensor
 
 
 torch.export.register_dataclass(Tokens)                       # without it torch.export lets none out of a model
@@ -131,7 +125,7 @@ class vMFVQ(nn.Module):
         return rule(x, codes)[0]
 
     def quantise(self, x, codes):
-        """x (n,D), codes (K,D) -> zq, index, loss, counts, by the rule this module is set to."""
+        """x (n,D), codes (K,D) -> zq, index, loss, by the rule this module is set to."""
         rule = kernel(quantise, self.kernels, x) if self.vmf else quantise_dot
         return rule(x, codes, self.commitment)
 
@@ -140,9 +134,10 @@ class vMFVQ(nn.Module):
         x = self.pre(u).permute(0, 2, 3, 1).to(self.pre.weight.dtype)                     # (B,h,w,D)
         with torch.autocast(u.device.type, enabled=False):
             codes = (self.codebook if given is None else given).to(x.dtype)               # (K,D)
-            zq, index, loss, counts = self.quantise(x.flatten(0, 2), codes)
+            zq, index, loss = self.quantise(x.flatten(0, 2), codes)
+        index, loss = (rows.view(x.shape[:3]) for rows in (index, loss))                  # (B,h,w)
         zq, x = (rows.view(x.shape).permute(0, 3, 1, 2) for rows in (zq, x))              # (B,D,h,w)
-        return Tokens(zq, index.view(x.shape[0], *x.shape[2:]), x, loss, counts)
+        return Tokens(zq, index, x, loss)
 
 
 def codebook_health(counts, codes, x=None, choose=None):
@@ -165,33 +160,37 @@ def codebook_health(counts, codes, x=None, choose=None):
     return health
 
 
-def features_at(x, numbers, images, places):
-    """What the holders of some images offer to dead codes: of image images[k] the feature at places[k] of its map.
+def features_at(x, inside, numbers, images, places):
+    """What the holders of some images offer to codes: of image images[k] the feature at places[k] of what is inside.
 
-    x (b,D,h,w) the features here, numbers (b) of their images; images (K) int, places (K) in [0,1) -> (K,D), zero rows
-    where the image is somebody else's: the sum over processes is the same whoever holds what.
+    x (b,D,h,w) the features here, inside (b,h,w) bool, numbers (b) of their images; images (K) int, places (K) in [0,1)
+    -> (K,D), zero rows where the image is somebody else's: the sum over processes is the same whoever holds what.
     """
-    offered, P = x.new_zeros(len(images), x.shape[1]), x.shape[2] * x.shape[3]
+    offered, inside = x.new_zeros(len(images), x.shape[1]), inside.flatten(1)
     b, k = (numbers[:, None] == torch.as_tensor(images)).nonzero(as_tuple=True)
-    p = (torch.as_tensor(places)[k] * P).long()
-    offered[k] = x.flatten(2)[b, :, p]
+    order = (~inside).to(torch.uint8).argsort(dim=1, stable=True)                             # (b,P) what is inside first
+    p = (torch.as_tensor(places)[k] * inside.sum(1).cpu()[b]).long()
+    offered[k] = x.flatten(2)[b, :, order[b, p]]
     return offered
 
 
 @torch.no_grad()
-def restart_dead_codes(codebook, idle, counts, candidates, restart_after, share=0.0):
-    """Put codes that hardly anybody chose for `restart_after` steps onto features of this batch, in place.
+def restart_dead_codes(codebook, idle, counts, candidates, restart_after):
+    """Put codes onto features of this batch, in place: those that have not begun, and those that nobody chooses.
 
-    codebook (K,D), idle (K) int64 steps since each code's last use, counts (K) of this step over all processes,
-    candidates (K,D) one feature per code, the same on every process.  A step counts as use if the code was chosen more
-    than `share` times as often as in an even distribution; 0: at all.  Returns how many codes restarted.
+    codebook (K,D); idle (K): how often an even share of the features would have used each code since its last use, inf
+    for one that has not begun; counts (K) of this step over all processes; candidates (K,D) one feature a code, the same
+    on every process.  A code is dead once idle reaches `restart_after` expected uses (0: never): a count of uses, not of
+    steps, means the same for 128 codes of 8,192 features and for 256 codes of 512.  -> which codes (K) bool were put.
     """
-    idle += 1
-    idle[counts > share * counts.sum() / len(counts)] = 0
-    dead = idle >= restart_after
-    codebook[dead] = candidates[dead].to(codebook)
-    idle[dead] = 0
-    return int(dead.sum())
+    put = idle.isinf()
+    idle += counts.sum() / len(counts)
+    idle[counts > 0] = 0
+    if restart_after:
+        put |= idle >= restart_after
+    codebook[put] = candidates[put].to(codebook)
+    idle[put] = 0
+    return put
 
 
 if __name__ == "__main__":

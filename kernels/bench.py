@@ -50,7 +50,8 @@ KERNELS = not limits(torch.device("cuda" if GPU else "cpu"), torch.float32, D)  
 
 
 def literal_quantise(x, codes):
-    return vq.quantise(x, codes, BETA)[::2]                                               # zq, loss
+    zq, _, loss = vq.quantise(x, codes, BETA)
+    return zq, loss.mean()
 
 
 def lean_assign(x, codes):
@@ -63,7 +64,7 @@ def lean_assign(x, codes):
 def lean_quantise(x, codes):
     index, code, _ = lean_assign(x, codes)
     x = g(x)
-    return vq.straight_through(x, code), vq.commitment_loss(x, code, BETA)
+    return vq.straight_through(x, code), vq.commitment_loss(x, code, BETA).mean()
 
 
 def literal_attention(q, k, v):
@@ -80,7 +81,12 @@ def ours(operation):
     assigning = attending = cpu
     if GPU:
         from kernels import mean_shift as attending, vmf_assign as assigning
-    return {"assign": assigning.assign, "quantise": lambda x, e: assigning.quantise(x, e, BETA)[::2],
+
+    def quantise(x, codes):
+        zq, _, loss = assigning.quantise(x, codes, BETA)
+        return zq, loss.mean()
+
+    return {"assign": assigning.assign, "quantise": quantise,
             "attention": lambda q, k, v: attending.hypersphere_attention(q, k, v, KAPPA)}[operation]
 
 
@@ -281,12 +287,11 @@ def correctness():
             found.append((f"{label}: most cosine lost", max(lost.max().item(), 0.0), f"<= {most}"))
             same = torch.equal(code, F.normalize(codes, dim=-1).to(dtype)[index])
             found.append((f"{label}: code == g(E)[index], bitwise", same, "True"))
-            outputs = assigning.quantise(x, codes, BETA)
-            found.append((f"{label}: counts exact", torch.equal(outputs[3], torch.bincount(index, minlength=128)), "True"))
-            grads = torch.autograd.grad([outputs[0], outputs[2]], (x, codes), [ups[0].to(outputs[0].dtype), ups[1]])
+            zq, _, loss = assigning.quantise(x, codes, BETA)
+            grads = torch.autograd.grad([zq, loss.mean()], (x, codes), [ups[0].to(zq.dtype), ups[1]])
             x64, codes64 = x.detach().double().requires_grad_(), codes.detach().double().requires_grad_()
             unit, code64 = g(x64), g(codes64)[index]
-            reference = torch.autograd.grad([vq.straight_through(unit, code64), vq.commitment_loss(unit, code64, BETA)],
+            reference = torch.autograd.grad([vq.straight_through(unit, code64), vq.commitment_loss(unit, code64, BETA).mean()],
                                             (x64, codes64), [ups[0].double(), ups[1].double()])
             for name, mine, theirs in zip(("features'", "codebook"), grads, reference):
                 accept = "<= 1e-06" if name == "codebook" and label == "triton float32" else "-"

@@ -112,12 +112,11 @@ def assign(x, codes):
 def quantise(x, codes, beta=0.25):
     """Assignment with a straight-through gradient and its loss; see vq.quantise.
 
-    x (n,D), codes (K,D), of any length -> zq (n,D), index (n) int64, loss (), counts (K) int64.
+    x (n,D), codes (K,D), of any length -> zq (n,D), index (n) int64, loss (n) of each feature.
     """
     x, codes = F.normalize(x, dim=-1), F.normalize(codes, dim=-1).to(x.dtype)
     index = nearest(x, codes)
     code = F.embedding(index, codes)
-    counts = torch.bincount(index, minlength=len(codes))
     zq = x + (code - x).detach()                              # straight through
-    loss = F.mse_loss(code, x.detach()) + beta * F.mse_loss(x, code.detach())
-    return zq, index, loss, counts
+    loss = (code - x.detach()).square().mean(1) + beta * (x - code.detach()).square().mean(1)
+    return zq, index, loss

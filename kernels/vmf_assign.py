@@ -19,10 +19,10 @@ atomics anywhere, so the same inputs give the same bits.
 What is fp32 and why: sums, lengths, the cosine and the codebook gradient always; the scores at the precision of x
 (`tile.product`), since they only choose: a rounded score may choose a code whose cosine is lower by the rounding.
 
-The gradient.  zq = g(x) + sg(code - g(x)), d = mean over N*D of |g(x) - code|², L = d(sg x, e) + beta d(x, sg e):
+The gradient.  zq = g(x) + sg(code - g(x)), d = |g(x) - code|² / D, L = d(sg x, e) + beta d(x, sg e) of each feature:
 
-    to g(x):    grad_zq + a e      a = -2 beta dL/(N D)    since d|x - e|² = -2 e up to what is parallel to x, and
-    to g(e_k):  Σ over the features of code k of  b g(x)      b = -2 dL/(N D)                  likewise for e;
+    to g(x):    grad_zq + a e      a = -2 beta dL/D        since d|x - e|² = -2 e up to what is parallel to x, and
+    to g(e_k):  Σ over the features of code k of  b g(x)      b = -2 dL/D                      likewise for e;
     then each goes through g: only its tangent part survives, divided by the length.
 
 `assign` has the same two with a = b = dL/dcosine of each row, no grad_zq, and Σ grad_code added to the codes'.
@@ -129,20 +129,6 @@ def backward_kernel(
     tl.store(DE + place, total, (codes < K)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
-def count_kernel(
-    INDEX,                                 # (N) int64
-    COUNTS,                                # (programs,BINS) int32 partial counts
-    N, ROWS: tl.constexpr, BINS: tl.constexpr, ROUNDS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    total = tl.zeros([BINS], tl.int32)
-    for i in range(ROUNDS):
-        rows = (program.to(tl.int64) * ROUNDS + i) * ROWS + tl.arange(0, ROWS)
-        total += tl.histogram(tl.load(INDEX + rows, rows < N, 0).to(tl.int32), BINS, mask=rows < N)
-    tl.store(COUNTS + program * BINS + tl.arange(0, BINS), total)
-
-
 # --- launches: plain functions of shapes and dtypes ---------------------------------------------------------------------
 
 
@@ -179,16 +165,6 @@ def plan_backward(x, e, index, grad_zq, a, grad_code, b):
     args = (x, e, index, x if grad_zq is None else grad_zq, a, x if grad_code is None else grad_code, b, *out, N, K,
             x.stride(0), a.stride(0), b.stride(0))
     return Launch(backward_kernel, (programs, triton.cdiv(K, codes)), args, constants), out
-
-
-def plan_count(index, K):
-    """(Launch, partial counts (programs, K rounded up))"""
-    rows, bins = 1024, power_of_two(K)
-    blocks = triton.cdiv(len(index), rows)
-    length = rounds(blocks, multiprocessors(index.device))
-    out = torch.empty(triton.cdiv(blocks, length), bins, dtype=torch.int32, device=index.device)
-    constants = dict(ROWS=rows, BINS=bins, ROUNDS=length, num_warps=4, num_stages=1)
-    return Launch(count_kernel, (len(out),), (index, out, len(index)), constants), out
 
 
 # --- operators, known to torch.compile, with their gradients ------------------------------------------------------------
@@ -231,19 +207,6 @@ def _(x, e, index, grad_zq, a, grad_code, b):
     return x.new_empty(x.shape), e.new_empty(e.shape)
 
 
-@torch.library.custom_op("pat::vmf_counts", mutates_args=())
-def vmf_counts(index: torch.Tensor, K: int) -> torch.Tensor:
-    """How often each of K codes was chosen: index (N) -> (K) int64"""
-    launch, counts = plan_count(index, K)
-    launch.run()
-    return counts[:, :K].sum(0)
-
-
-@vmf_counts.register_fake
-def _(index, K):
-    return index.new_empty(K)
-
-
 def keep_for_assign(ctx, inputs, output):
     ctx.save_for_backward(*inputs, output[1])
 
@@ -258,14 +221,14 @@ vmf_assign.register_autograd(assign_gradient, setup_context=keep_for_assign)
 
 @torch.library.custom_op("pat::vmf_quantise", mutates_args=())
 def vmf_quantise(x: torch.Tensor, e: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> zq (N,D), index (N), L () fp32: `vmf_assign` with another gradient, see the header."""
+    """-> zq (N,D), index (N), L (N) fp32: `vmf_assign` with another gradient, see the header."""
     code, index, _, distance = torch.ops.pat.vmf_assign(x, e)
-    return code, index, distance.sum() * ((1 + beta) / x.numel())
+    return code, index, distance * ((1 + beta) / x.shape[1])
 
 
 @vmf_quantise.register_fake
 def _(x, e, beta):
-    return x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.int64), x.new_empty((), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.float32)
 
 
 def keep_for_quantise(ctx, inputs, output):
@@ -275,7 +238,7 @@ def keep_for_quantise(ctx, inputs, output):
 
 def quantise_gradient(ctx, grad_zq, _, grad_loss):
     x, e, index = ctx.saved_tensors
-    b = grad_loss.view(1) * (-2 / x.numel())
+    b = grad_loss * (-2 / x.shape[1])
     return *torch.ops.pat.vmf_assign_backward(x, e, index, grad_zq, ctx.beta * b, None, b), None
 
 
@@ -309,9 +272,8 @@ def assign(x, codes):
 def quantise(x, codes, beta=0.25):
     """Assignment with a straight-through gradient and its loss; see vq.quantise.
 
-    x (n,D), codes (K,D) -> zq (n,D), index (n) int64, loss (), counts (K) int64.
+    x (n,D), codes (K,D) -> zq (n,D), index (n) int64, loss (n) of each feature.
     Raises ValueError for wrong shapes, dtypes or devices.
     """
     check(x, codes)
-    zq, index, loss = torch.ops.pat.vmf_quantise(x, F.normalize(codes.float(), dim=-1), float(beta))
-    return zq, index, loss, torch.ops.pat.vmf_counts(index, len(codes))
+    return torch.ops.pat.vmf_quantise(x, F.normalize(codes.float(), dim=-1), float(beta))

@@ -33,10 +33,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import InputError, parse_names
-from data import names_checksum, read_classes, read_label
+from data import names_checksum, read_classes
 from published.archives import Listing, Shelf
 from published.folder import Pairs
-from published.labels import merged_masks, paint, read_16_bit, read_codes, read_mat, shrink
+from published.labels import merged_masks, paint, read_16_bit, read_codes, read_label, read_mat, shrink
 from published.vocabulary import FOREIGN, Vocabulary, load_vocabulary, overlap, pascal_context_val
 
 VOC10, VOC12, VOC_AUG = "VOCtrainval_03-May-2010.tar", "VOCtrainval_11-May-2012.tar", "SegmentationClassAug.zip"

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from cli import InputError, parse_names
-from data import (AUGMENT, IGNORE, ORDER, augment, names_checksum, read_classes, read_image, read_label, resize_short,
+from data import (AUGMENT, IGNORE, ORDER, augment, names_checksum, read_classes, read_image, resize_short,
                   rng_for, to_tensor)
+from published.labels import read_label
 
 
 class Pairs:

@@ -1,5 +1,6 @@
 """Other people's bytes -> raw labels: the encodings that published datasets use for "this pixel is class k".
 
+    read_label(path)      class ids as a file holds them, whole and unaltered, or an error
     read_16_bit(source)   a converted TIFF or PNG that must hold 16 bits, or ids above 255 may be lost
     read_mat(source)      Pascal Context's LabelMap, 0..459 in uint16
     read_codes(source)    ADE20K's RGB, R // 10 * 256 + G: (110, 162, any) -> 11 * 256 + 162 = 2978, which is wall
@@ -25,12 +26,29 @@ import torch.nn.functional as F
 from scipy.io import loadmat
 
 from cli import InputError
-from data import opened, read_label
+from data import opened
 
 # H, W an image's height and width.
 
 
 # ---- one file, one label ----
+def read_label(path):
+    """The class ids at `path` as (H,W) int64, exactly as stored: grey values, or palette indices; 8 or 16 bits.
+
+    Raises InputError if the file is missing, broken or truncated, or holds anything but whole, unaltered indices.
+    """
+    with opened(path) as file:
+        if len(file.getbands()) > 1:
+            raise InputError(f"{path}: is colour-coded ({file.mode}), not class ids; save one grey value per class")
+        if file.format not in ("PNG", "TIFF") or file.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+            raise InputError(f"{path}: {file.format} {file.mode} pixels are no exact ids; save it as 8- or 16-bit PNG")
+        stored = file.tile[0].args                        # how the pixels lie in the file, before PIL touches them
+        stored = stored if isinstance(stored, str) else stored[0]
+        if file.mode in ("1", "L") and stored not in ("1", "1;R", "L", "L;R"):    # PIL stretches 4-bit grey to 0..255
+            raise InputError(f"{path}: has grey values stored as {stored}, which PIL rescales; save it as an 8-bit PNG")
+        return np.array(file).astype(np.int64)
+
+
 def read_16_bit(source):
     """`read_label` of a file that must hold 16 bits a pixel; raises InputError where 255 may have swallowed ids."""
     with opened(source) as file:

@@ -1,6 +1,7 @@
 """Published SAN checkpoints: read by their own key names, and made a run directory like any other.
 
     python -m published.san_checkpoints san_vit_b_16.pth --out RUN       or san_vit_large_14.pth
+    python -m published.san_checkpoints mine.pth --out RUN --vlm ViT-B-16-gelu      SAN trained over a CLIP not OpenAI's
 
 The run is complete: the CLIP inside the file is written beside the checkpoint, so it needs no other file and no network.
 The key layout was checked name by name for ViT-B/16; for ViT-L/14 it is the same rule.
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 
 from cli import InputError, parse_flags, run_cli
 from published.weights import differences, load_pickle
-from runs import build, changed, flat, preset, save_checkpoint
+from runs import build, changed, flat, load_run, preset, save_checkpoint
 
 NOT_PARAMETERS = ("criterion.empty_weight", "ov_classifier.attn_mask")                    # of the published layout
 RENAMED = (("vit_model.patch_embed.proj.", "side.patch_embed."), ("vit_model.", "side."), ("query_", "side.query_"),
@@ -88,12 +89,14 @@ def from_published(model, published):
 PUBLISHED = {768: "coco", 1024: "coco-large"}                 # width of CLIP -> the preset of the published SAN over it
 
 
-def import_published(path, out, config=None):
+def import_published(path, out, config=None, vlm=""):
     """Make a run directory of a published SAN checkpoint, complete: it needs no other file and no network.
 
     clip.safetensors: the CLIP inside, frozen but for its trained position embedding, in open_clip's layout;
     checkpoint.safetensors: what SAN trains; config.json: `config`, a RunConfig, by default of the published size found.
-    Raises InputError if the file is damaged or not such a checkpoint, or if `out` exists; nothing is then written.
+    `vlm` names the CLIP inside where the weights do not tell its activation: see published/weights.py.
+    Raises InputError if the file is damaged or not such a checkpoint, if that name is needed, or if `out` exists;
+    nothing is then written: a run that stands there is a run that loads.
     """
     published, out = read_published(path), Path(out)
     if config is None:
@@ -106,6 +109,7 @@ def import_published(path, out, config=None):
         raise InputError(f"{path}: CLIP's text tower is not in it (ov_classifier.token_embedding.weight and others)")
     if out.exists():
         raise InputError(f"--out {out}: exists already; choose another name")
+    config = changed(config, vlm=vlm) if vlm else config
     model = build(changed(config, pretrained="none"))
     try:
         from_published(model, published)
@@ -118,7 +122,10 @@ def import_published(path, out, config=None):
         save_checkpoint(temporary / "checkpoint.safetensors", model, [], step=0)
         config = json.dumps(flat(changed(config, pretrained="clip.safetensors")), indent=1)
         (temporary / "config.json").write_text(config + "\n")
+        load_run(temporary)
         os.rename(temporary, out)
+    except InputError as error:
+        raise InputError(f"{path}: {error}".replace(f"{temporary}{os.sep}", "its ")) from error
     except Exception as error:                                # safetensors wraps the file system's
         raise InputError(f"--out {out}: cannot be written ({str(error).splitlines()[0]})") from error
     finally:
@@ -129,8 +136,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("file", metavar="FILE", help="san_vit_b_16.pth or san_vit_large_14.pth")
     parser.add_argument("--out", metavar="RUN", required=True, help="the run directory to make")
+    parser.add_argument("--vlm", metavar="NAME", default="", help="ViT-B-16-gelu or -quickgelu: of a CLIP not OpenAI's")
     args = parse_flags(parser, argv)
-    import_published(args.file, args.out)
+    import_published(args.file, args.out, vlm=args.vlm)
     print(f"written: config.json, checkpoint.safetensors, clip.safetensors in {args.out}")
 
 

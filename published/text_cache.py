@@ -16,7 +16,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cli import reason, tensors_checksum
+from cli import tensors_checksum
+from published.weights import reason
 
 
 def cached_file(key):

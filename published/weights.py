@@ -23,9 +23,15 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file
 
-from cli import InputError, reason
+from cli import InputError
 
 TESTED = ("ViT-B-16", "ViT-L-14-336", "EVA02-B-16", "EVA02-L-14-336")
+
+
+def reason(error):
+    """An exception in a few words: its kind, and the first line of what it says."""
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first[:150]}"
 
 
 def load_pickle(path):

@@ -143,7 +143,7 @@ def check_run(config):
                              "choose another --out")
 
 
-def result(run):
+def result(run, measures=MEASURES):
     """What a run came to: {measure: value} if finished, its error as a str if it failed, None if neither yet.
 
     Raises InputError if scores.json is damaged.
@@ -158,7 +158,19 @@ def result(run):
         scores = {**row["segmentation"], **(row["reconstruction"] or {})}
     except (ValueError, KeyError, StopIteration, TypeError) as error:
         raise InputError(f"{path}: not the scores of a run; remove it, and the run is scored again") from error
-    return {key: scores[key] for key in MEASURES if scores.get(key) is not None}
+    return {key: scores[key] for key in measures if scores.get(key) is not None}
+
+
+def own_device(device):
+    """(rank, processes, device) of this process, if torchrun started several that each train runs of their own."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":                                      # several processes may share a GPU
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    elif processes > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    return rank, processes, device
 
 
 def ablate(base, seeds, train, device="cpu"):
@@ -168,13 +180,7 @@ def ablate(base, seeds, train, device="cpu"):
     has one process to itself, no process group is made.  Raises InputError for runs of other settings in the same
     place, before anything is trained.  A run whose loss is no longer finite is marked failed, and the rest goes on.
     """
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda":                                      # several processes may share a GPU
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-        torch.cuda.set_device(device)
-    elif processes > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    rank, processes, device = own_device(device)
     for row, seed in jobs(seeds):
         check_run(run_config(base, row, seed))
     mine, trained = jobs(seeds, rank, processes), 0

@@ -39,13 +39,14 @@ import torch.distributed as dist
 from safetensors import safe_open
 from tqdm import tqdm
 
-from cli import InputError, make_folder, parse_flags, run_cli, write_files
+from cli import InputError, parse_flags, run_cli, write_files
 from data import names_checksum, read_classes
 from eval import (Pass, absences, check_flags, evaluate, format_codebooks, format_rows, format_table, label_of,
                   open_runs, parser_of, rfid_missing, score_table, table_of, where_of)
 from published.datasets import SETS, NotFound, open_dataset
 from published.vocabulary import load_vocabulary
 from runs import load_run
+from studies.pictures import make_folder
 from studies.report import leave
 from studies.rfid import INCEPTION, Inception, load_inception
 

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from cli import InputError, check_device, make_folder, parse_flags, parse_names, run_cli, write_files
+from cli import InputError, check_device, parse_flags, parse_names, run_cli, write_files
 from data import palette, read_image, resize_short, to_tensor, to_unit
 from eval import psnr
 from hsattn import mean_shift
@@ -43,7 +43,7 @@ from runs import changed, load_config, load_run, model_class
 from studies.circle import eq1, modes, number_modes
 from studies.meaning import raw_maps, spherical_kmeans
 from studies.patches import PATCH_IMAGES, patches, patches_of
-from studies.pictures import GREY, Figure, contact_sheet, plot, write_names
+from studies.pictures import GREY, Figure, contact_sheet, make_folder, plot, write_names
 
 # B batch; C CLIP width; D code width; K codes of a stage; a, b a stage's grid over the padded input.
 
@@ -225,7 +225,8 @@ def masks(model, samples, names, width=900):
 def curves(lines, kind):
     """The lines of log.jsonl (dicts, one a logged step) of a model of class `kind` -> training curves, PIL image.
 
-    Panels: those of `kind.curves`; the perplexity of each codebook where it has stages; the learning rate.
+    Panels: those of `kind.curves`; all other terms that were logged, so that a new loss is never missing; the perplexity
+    of each codebook where it has stages; the learning rate.
     """
     steps = max(line["step"] for line in lines) + 1
 
@@ -233,8 +234,10 @@ def curves(lines, kind):
         points = ((line["step"] + 1, value(line)) for line in lines)
         return [(x, y) for x, y in points if y is not None]
 
+    known = {"step", "lr", "grad_norm", "ms_per_step", "memory_gb", *(key for keys in kind.curves.values() for key in keys.values())}
+    others = {key: key for line in lines for key, value in line.items() if key not in known and not isinstance(value, dict)}
     panels = []                                               # title, {label: points}, whether the axis is logarithmic
-    for title, keys in kind.curves.items():
+    for title, keys in (kind.curves | ({"other terms": others} if others else {})).items():
         losses = {label: series(lambda line: line.get(key)) for label, key in keys.items()}
         panels.append((f"{title}, unweighted (log)", losses, True))
     if kind.stages:

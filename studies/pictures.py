@@ -20,11 +20,20 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from cli import InputError
 from data import palette
 from predict import UNNAMED, paint, resize, segment, to_image
 
 INK = palette(27)[[6, 26, 7, 8, 17, 24, 15, 25, 16]]          # the palette's dark colours, for lines and text on white
 GREY = (110, 110, 110)
+
+
+def make_folder(path):
+    """The folder at `path`; raises InputError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder ({error.strerror})") from error
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cli import make_folder, parse_flags, run_cli, write_files
+from cli import parse_flags, run_cli, write_files
 from data import IGNORE, palette
 from eval import (Pass, cells, check_flags, codebook_cells, format_table, label_of, open_runs, parser_of, score_table,
                   where_of, write_scores)
@@ -36,7 +36,7 @@ from predict import overlay, resize, segment, to_image, token_map
 from published.images_of import scored_on
 from studies.gallery import NAMES, run_pictures
 from studies.patches import PATCH_IMAGES, patches_of
-from studies.pictures import sample_sheet
+from studies.pictures import make_folder, sample_sheet
 
 LONGEST = 512                          # pixels of a picture's longer side
 

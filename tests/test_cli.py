@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import (InputError, check_device, make_folder, parse_flags, parse_names, reason, run_cli,
+from cli import (InputError, check_device, parse_flags, parse_names, run_cli,
                  tensors_checksum, write_files)
 from tests.helpers import noise
 
@@ -88,22 +88,6 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="--device cuda: no GPU is visible here.*use the CPU"):
         check_device("cuda")
-
-
-def test_a_folder_is_made_with_its_parents_or_refused(tmp_path):
-    """Once more is no error; where a file stands, it is one."""
-    for _ in range(2):
-        make_folder(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/b: cannot be made a folder \(Not a directory\)"):
-        make_folder(tmp_path / "file" / "b")
-
-
-def test_a_reason_is_one_short_line():
-    """The kind and the first line, at most 150 letters of it; an empty message is no error of its own."""
-    assert reason(ValueError("first\nsecond")) == "ValueError: first" and reason(KeyError()) == "KeyError: "
-    assert reason(OSError("x" * 200)) == "OSError: " + "x" * 150
 
 
 def test_a_checksum_of_tensors_sees_names_shapes_types_and_bits():

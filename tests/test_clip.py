@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from cli import InputError
 from clip import (CLS_BLOCK, EVA, TEMPLATES, OpenAIViT, load_vlm, recognition_mask, resize_positions)
-from world.clip import world_clip
 from tests.helpers import smaller
+from tokenizer import keep_features
+from world.clip import world_clip
 
 ROOT = Path(__file__).parent.parent
 
@@ -182,7 +183,7 @@ def test_keep_features_keeps_the_features_and_nothing_else(family):
     """Bit for bit the same pyramid; no text tower, two of three blocks, no norm or matrix behind them."""
     image = torch.randn(1, 3, 64, 96)
     before = family.features(image)
-    family.keep_features()
+    keep_features(family)
     after = family.features(image)
     assert torch.equal(before.tokens, after.tokens) and all(map(torch.equal, before.maps, after.maps))
     assert len(family.blocks) == 2 and family.tower() == {} and family.tokenizer is None

@@ -13,10 +13,11 @@ from PIL import Image
 
 import data
 from cli import InputError
-from data import (IGNORE, augment, colour_label, jitter, nearest_rows, palette, read_image, read_label,
-                  resize_short, rng_for, shift_hsv, to_tensor, to_unit)
+from data import (IGNORE, PADDING, augment, colour_label, jitter, nearest_rows, palette, read_image, resize_short,
+                  rng_for, shift_hsv, to_tensor, to_unit)
 from published.datasets import open_dataset
 from published.folder import layout
+from published.labels import read_label
 from tests.helpers import filled, noise, packed
 from world.scenes import World
 
@@ -224,7 +225,7 @@ def plain_augment(image, label, rng, crop):
     image = np.floor((image * factor).clip(0, 255)) if contrast and not early else image
     if rng.random() < 0.5:
         image, label = image[:, ::-1], label[:, ::-1]
-    canvas, ids = np.full((crop, crop, 3), 128.0), np.full((crop, crop), IGNORE)
+    canvas, ids = np.full((crop, crop, 3), 128.0), np.full((crop, crop), PADDING)
     canvas[:image.shape[0], :image.shape[1]], ids[:label.shape[0], :label.shape[1]] = image, label
     return canvas, ids
 
@@ -274,10 +275,10 @@ def test_a_flip_moves_image_and_label_together():
 
 
 def test_a_short_image_is_padded_right_and_below():
-    """4x4 at scale 5 / 10 in a crop of 4: 2x2 of image, the rest grey 128 and IGNORE - after the flip, not before."""
+    """4x4 at scale 5 / 10 in a crop of 4: 2x2 of image, the rest grey 128 and PADDING - after the flip, not before."""
     image, label = augment(np.full((4, 4, 3), 10, np.uint8), np.full((4, 4), 3), Dice([0.1], [5, 0, 0, 0]), 4)
-    assert label.tolist() == [[3, 3, IGNORE, IGNORE]] * 2 + [[IGNORE] * 4] * 2
-    assert (image[label == 3] == 10).all() and (image[label == IGNORE] == 128).all()
+    assert label.tolist() == [[3, 3, PADDING, PADDING]] * 2 + [[PADDING] * 4] * 2
+    assert (image[label == 3] == 10).all() and (image[label == PADDING] == 128).all()
 
 
 def test_the_window_is_where_the_dice_say():
@@ -313,7 +314,7 @@ def test_image_and_label_stay_aligned_through_everything(monkeypatch):
         image, out = augment(coded(label), label, rng_for(0, 3, n), 96)
         assert image.shape == (96, 96, 3) and out.shape == (96, 96)
         assert image.dtype == np.uint8 and out.dtype == np.int64
-        known = out != IGNORE
+        known = out >= 0
         decoded = abs(image[..., None, :].astype(int) - table).sum(-1).argmin(-1)
         assert (decoded == out)[known].mean() > 0.95 and (image[~known] == 128).all()       # bilinear blurs the borders
         same = (out[1:-1, 1:-1] == out[:-2, 1:-1]) & (out[1:-1, 1:-1] == out[2:, 1:-1])
@@ -406,7 +407,7 @@ def test_a_training_sample_is_a_square_crop_with_ids_of_the_training_names(datas
         image, label = dataset.draw(5, n)
         assert image.shape == (3, S, S) and image.dtype == torch.float32 and -3 < image.min() <= image.max() < 3
         assert label.shape == (S, S) and label.dtype == torch.int64
-        assert set(label.unique().tolist()) <= {IGNORE, *range(len(dataset.train_names))}
+        assert set(label.unique().tolist()) <= {PADDING, IGNORE, *range(len(dataset.train_names))}
 
 
 def test_a_test_sample_keeps_the_labels_size_and_iterating_ends(dataset):

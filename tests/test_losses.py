@@ -8,10 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import (NO_OBJECT, alignment, class_weight, generator, kernel, match, pairwise_costs, perceptual,
+from cli import InputError
+from losses import (NO_OBJECT, alignment, cells, class_weight, generator, kernel, match, means, pairwise_costs, perceptual,
                     reconstruction, sample_at, segmentation, squared_distances, targets, uncertain_points)
 from published.perceptual import load_lpips
 from vq import straight_through
+
+
+def all_of(h, w, n=1):
+    """Nothing is padding."""
+    return torch.ones(n, h, w, dtype=torch.bool)
 
 
 def test_targets_are_one_mask_a_class_and_void_is_in_none():
@@ -161,19 +167,19 @@ def test_one_long_code_everywhere_pulls_at_nothing():
     code = 1000 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     noise = 1e-4 * torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(1))
     zq = (code.view(1, 32, 1, 1) + noise).requires_grad_()
-    terms = alignment(zq, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2)), [(0,)])
+    terms = alignment(zq, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2)), all_of(8, 8), [(0,)])
     sum(terms.values()).backward()
     assert zq.grad.abs().max() < 1e-4 and all(term < 1e-4 for term in terms.values())
 
 
 def test_total_variation_of_a_constant_is_zero_and_of_a_step_is_its_square():
-    """Left half one code, right half a code at distance² 2: of 4x3 horizontal neighbours 4 differ, mean over 2 channels."""
+    """Left half one code, right half a code at distance² 2: of 4x3 horizontal neighbours 4 differ; the channels add up."""
     zq = torch.zeros(1, 2, 4, 4)
     zq[:, 0] = 1
     image = torch.randn(1, 3, 4, 4)
-    assert alignment(zq, image, [(0,)], "literal")["tv"] == 0 and alignment(zq, image, [(0,)])["tv"] == 0
+    assert alignment(zq, image, all_of(*zq.shape[2:]), [(0,)], "literal")["tv"] == 0 and alignment(zq, image, all_of(*zq.shape[2:]), [(0,)])["tv"] == 0
     zq[:, 0, :, 2:], zq[:, 1, :, 2:] = 0, 1
-    assert alignment(zq, image, [(0,)], "literal")["tv"].item() == pytest.approx(4 * 2 / (12 * 2))
+    assert alignment(zq, image, all_of(*zq.shape[2:]), [(0,)], "literal")["tv"].item() == pytest.approx(4 * 2 / 12)
 
 
 def test_crf_equals_the_naive_sum():
@@ -186,7 +192,7 @@ def test_crf_equals_the_naive_sum():
             colour = (image[0, :, a, b] - image[0, :, c, d]).square().sum().item()
             K = 10 * math.exp(-p / 0.2 - colour / 0.3) + 3 * math.exp(-p / 0.01)
             total += K * (zq[0, :, a, b] - zq[0, :, c, d]).square().sum().item()
-    assert alignment(zq, image, [(0,)], "literal")["crf"].item() == pytest.approx(total / n**2, rel=1e-4)
+    assert alignment(zq, image, all_of(*zq.shape[2:]), [(0,)], "literal")["crf"].item() == pytest.approx(total / n**2, rel=1e-4)
 
 
 def test_moving_all_codes_together_leaves_the_scale_free_loss_alone_and_feeds_the_literal_one():
@@ -194,21 +200,78 @@ def test_moving_all_codes_together_leaves_the_scale_free_loss_alone_and_feeds_th
     zq, image = F.normalize(torch.randn(1, 8, 6, 6), dim=1), torch.randn(1, 3, 6, 6)
     huddled = zq.mean((2, 3), keepdim=True) + 0.1 * (zq - zq.mean((2, 3), keepdim=True))
     for form, ratio in (("scale-free", 1.0), ("literal", 0.01)):
-        before, after = alignment(zq, image, [(0,)], form), alignment(huddled, image, [(0,)], form)
+        before, after = alignment(zq, image, all_of(*zq.shape[2:]), [(0,)], form), alignment(huddled, image, all_of(6, 6), [(0,)], form)
         for name in before:
             assert (after[name] / before[name]).item() == pytest.approx(ratio, rel=1e-3)
 
 
 def test_reconstruction_by_hand():
-    terms = reconstruction(torch.full((1, 3, 2, 2), 0.5), torch.full((1, 3, 2, 2), 0.3))
+    terms = reconstruction(torch.full((1, 3, 2, 2), 0.5), torch.full((1, 3, 2, 2), 0.3), all_of(2, 2))
     assert terms["l1"].item() == pytest.approx(0.2) and terms["l2"].item() == pytest.approx(0.04) and "lpips" not in terms
 
 
-def test_lpips_is_absent_without_its_weights_and_sees_images_in_minus_one_to_one(tmp_path, monkeypatch):
+def test_training_without_lpips_weights_says_where_they_belong_and_what_does_without(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     load_lpips.cache_clear()
-    assert perceptual("cpu") is None
+    with pytest.raises(InputError, match="vgg16-397923af.pth: no such file.* put https://.* --set perceptual=false$") as error:
+        perceptual("cpu")
+    assert str(tmp_path / "checkpoints") in str(error.value) and "\n" not in str(error.value)
     load_lpips.cache_clear()
+
+
+def test_lpips_sees_images_in_minus_one_to_one():
     seen = []
-    terms = reconstruction(torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2), lambda a, b: seen.append((a, b)) or torch.ones(1))
+    terms = reconstruction(torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2), all_of(2, 2),
+                           lambda a, b: seen.append((a, b)) or torch.ones(1, 1, 1, 1))
     assert terms["lpips"] == 1 and seen[0][0].unique().tolist() == [-1] and seen[0][1].unique().tolist() == [1]
+
+
+# --- padding ---
+
+
+def test_a_cell_shows_image_where_at_least_half_of_it_does():
+    """4x6 pixels of which the first 3 columns of the first 3 rows are image, in cells of 2x3 and of 4x6."""
+    inside = torch.zeros(1, 4, 6, dtype=torch.bool)
+    inside[:, :3, :3] = True
+    assert cells(inside, (2, 2)).tolist() == [[[True, False], [True, False]]] and cells(inside, (4, 6)).equal(inside)
+    assert not cells(inside, (1, 1)).any()                                    # 9 of 24
+
+
+def test_each_images_mean_is_over_its_own_pixels_and_an_image_of_nothing_but_padding_is_zero():
+    x, inside = torch.tensor([[1.0, 3, 100], [5, 100, 100], [9, 9, 9]]), torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    assert means(x, inside).tolist() == [2, 5, 0]
+
+
+def test_what_stands_in_padding_changes_no_loss_and_gets_no_gradient():
+    """The same image and map with other numbers where there is padding: the same terms, and zero gradient there.  The
+    samples are as many as cells, so that some are drawn in the padding."""
+    inside = torch.zeros(2, 8, 8, dtype=torch.bool)
+    inside[0, :5], inside[1, :, :3] = True, True
+    image, hat, zq = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), F.normalize(torch.randn(2, 4, 8, 8), dim=1)
+    far = ~inside[:, None]
+    metric = lambda a, b: (a - b).square().mean((1, 2, 3), keepdim=True)  # noqa: E731
+    found = []
+    for other in (0.0, 50.0):
+        image2, hat2, zq2 = (torch.where(far, x + other, x).requires_grad_() for x in (image, hat, zq))
+        terms = reconstruction(hat2, image2, inside, metric)
+        for form in ("scale-free", "literal"):
+            terms.update({f"{form} {name}": value for name, value in
+                          alignment(zq2, image2, inside, [(0, 1), (0, 2)], form, 64).items()})
+        found.append(terms)
+        grads = torch.autograd.grad(sum(terms.values()), (hat2, zq2))
+        assert all((grad * far == 0).all() and (grad * ~far != 0).any() for grad in grads)
+    assert len(found[0]) == 7
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], msg=name)
+
+
+def test_a_padded_image_costs_what_it_costs_alone():
+    """3x4 pixels in a corner of 6x4: every mean is over the twelve, as if the padding were not there."""
+    image, hat, zq = torch.rand(1, 3, 3, 4), torch.rand(1, 3, 3, 4), F.normalize(torch.randn(1, 5, 3, 4), dim=1)
+    alone = {**reconstruction(hat, image, all_of(3, 4)), **alignment(zq, image, all_of(3, 4), [(0,)], "scale-free")}
+    image2, hat2, zq2 = (F.pad(x, (0, 0, 0, 3), value=7.0) for x in (image, hat, zq))
+    inside = F.pad(all_of(3, 4), (0, 0, 0, 3))
+    padded = {**reconstruction(hat2, image2, inside), **alignment(zq2, image2, inside, [(0,)], "scale-free")}
+    del alone["crf"], padded["crf"]                           # positions are fractions of the whole map: other distances
+    for name, value in alone.items():
+        torch.testing.assert_close(value, padded[name], msg=name)

@@ -13,10 +13,12 @@ from torch.func import functional_call
 
 import losses
 import pat
+import train
 from cli import InputError
-from data import rng_for, to_unit
+from data import PADDING, rng_for, to_unit
 from hsattn import g
 from pat import PYRAMID, RESTART, STAGES, TokenMixer
+from published.perceptual import load_lpips
 from runs import build, changed, load_run, preset
 from san import SAN, tokens, trainable
 from segmenter import Batch
@@ -29,7 +31,7 @@ from world.scenes import World
 def every_gradient(model, out):
     """Backward under a random upstream gradient; the trained parameters that got none."""
     leaves = out["masks"] + out["classes"] + [out["image"]] + [t.zq for t in out["tokens"].values()]
-    loss = sum((x * torch.randn_like(x)).sum() for x in leaves) + sum(t.loss for t in out["tokens"].values())
+    loss = sum((x * torch.randn_like(x)).sum() for x in leaves) + sum(t.loss.mean() for t in out["tokens"].values())
     loss.backward()
     return [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
 
@@ -83,7 +85,7 @@ def test_codes_learn_from_the_quantiser_and_from_the_semantic_branch():
     for of in ("vq", "masks"):
         model = world()
         out = model(images(), TEXT)
-        loss = sum(t.loss for t in out["tokens"].values()) if of == "vq" else (out["masks"][1] * torch.randn(2, 20, 32, 32)).sum()
+        loss = sum(t.loss.mean() for t in out["tokens"].values()) if of == "vq" else (out["masks"][1] * torch.randn(2, 20, 32, 32)).sum()
         loss.backward()
         assert all(model.pixels.vq[s].codebook.grad.abs().sum() > 0 for s in PYRAMID), of
 
@@ -276,42 +278,80 @@ def test_numbers_that_do_not_fit_are_refused(changes, says):
 
 
 def test_the_terms_and_their_weights():
-    """SAN's six, then L_VQ of all four stages, CRF and TV of each with keys of its own, L1 and L2 against the image in [0,1]."""
+    """SAN's six, then L_VQ of all four stages, CRF and TV of the pyramid's three with keys of their own, L1 and L2 against
+    the image in [0,1]; where there is padding, none of PAT's own terms looks."""
     model, keys = world(points=64, crf_samples=32, w_vq=2.0, w_align=3.0, w_rec=5.0), [(0, 4), (0, 6)]
     model.load_state_dict({n: v + 0.01 * torch.randn_like(v) if v.is_floating_point() else v for n, v in model.state_dict().items()})
     labels, x = torch.randint(0, 5, (2, 64, 64)), images()
-    out = model(x, TEXT)
-    batch = Batch(x, labels, keys, model.totals(labels), 1)
-    terms, stages = model.terms(out, batch), out["tokens"].values()
-    weights = {name: weight for name, (weight, _) in terms.items() if name != "lpips"}
+    out, inside = model(x, TEXT), torch.ones(2, 64, 64, dtype=torch.bool)
+    inside[0, 40:] = False                                    # five of eight rows of patches
+    batch = Batch(x, labels, inside, keys, model.totals(labels), 1)
+    terms, stages = model.terms(out, batch), out["tokens"]
+    weights = {name: weight for name, (weight, _) in terms.items()}
     assert weights == dict(ce_1=2.0, mask_1=5.0, dice_1=5.0, ce_2=2.0, mask_2=5.0, dice_2=5.0,
                            vq=2.0, crf=3.0, tv=3.0, l1=0.5, l2=5.0)
     sans = SAN.terms(model, out, batch)
-    aligned = [losses.alignment(t.zq, x, [(*key, 3 + i) for key in keys], "scale-free", 32) for i, t in enumerate(stages)]
-    expected = {**{name: value for name, (_, value) in sans.items()}, "vq": sum(t.loss for t in stages),
+    rows = {stage: 40 * t.index.shape[1] // 64 for stage, t in stages.items()}            # of image 0, that are image
+    seen = {stage: inside[:, ::64 // t.index.shape[1], ::64 // t.index.shape[2]] for stage, t in stages.items()}
+    aligned = [losses.alignment(stages[stage].zq, x, seen[stage], [(*key, 3 + i) for key in keys], "scale-free", 32)
+               for i, stage in enumerate(("early", "mid", "late"))]
+    error = out["image"] - to_unit(x)
+    expected = {**{name: value for name, (_, value) in sans.items()},
+                "vq": sum((t.loss[0, :rows[stage]].mean() + t.loss[1].mean()) / 2 for stage, t in stages.items()),
                 "crf": sum(a["crf"] for a in aligned), "tv": sum(a["tv"] for a in aligned),
-                "l1": (out["image"] - to_unit(x)).abs().mean(), "l2": (out["image"] - to_unit(x)).square().mean()}
-    assert len(stages) == 4
+                "l1": (error[0, :, :40].abs().mean() + error[1].abs().mean()) / 2,
+                "l2": (error[0, :, :40].square().mean() + error[1].square().mean()) / 2}
+    assert len(stages) == 4 and list(rows.values()) == [20, 10, 5, 5]
     for name, value in expected.items():
         torch.testing.assert_close(terms[name][1], value, msg=name)
 
 
+def terms_of(model, out=None):
+    """The terms of two images without padding."""
+    labels = torch.randint(0, 5, (2, 64, 64), generator=torch.Generator().manual_seed(0))
+    batch = Batch(images(), labels, torch.ones(2, 64, 64, dtype=torch.bool), [(0, 1), (0, 2)], model.totals(labels), 1)
+    return model.terms(out or model(images(), TEXT), batch)
+
+
+def test_alignment_on_the_latent_is_a_switch():
+    """It adds the fourth stage's own two terms, with the fourth key, and nothing else."""
+    model = world(points=64, crf_samples=32)
+    out = model(images(), TEXT)
+    without = terms_of(model, out)
+    model.config.align_latent = True
+    with_it = terms_of(model, out)
+    added = losses.alignment(out["tokens"]["latent"].zq, images(), torch.ones(2, 8, 8, dtype=torch.bool),
+                             [(0, 1, 6), (0, 2, 6)], "scale-free", 32)
+    for name, (_, value) in without.items():
+        torch.testing.assert_close(with_it[name][1], value + added.get(name, 0), msg=name)
+
+
 def test_alignment_none_drops_both_its_terms_and_literal_is_passed_on():
-    out, labels = None, torch.randint(0, 5, (2, 64, 64))
-    terms = {}
+    out, terms = None, {}
     for align in ("scale-free", "literal", "none"):
         model = world(points=64, crf_samples=32, align=align)
         out = out or model(images(), TEXT)
-        terms[align] = model.terms(out, Batch(images(), labels, [(0, 1), (0, 2)], model.totals(labels), 1))
+        terms[align] = terms_of(model, out)
     assert "crf" not in terms["none"] and "tv" not in terms["none"] and "vq" in terms["none"]
     assert terms["literal"]["crf"][1] != terms["scale-free"]["crf"][1]
 
 
 def test_lpips_weighs_a_tenth_of_the_reconstruction(monkeypatch):
-    monkeypatch.setattr(pat, "perceptual", lambda device: lambda a, b: torch.ones(1))
-    model, labels = world(points=64, crf_samples=32, w_rec=5.0), torch.randint(0, 5, (2, 64, 64))
-    terms = model.terms(model(images(), TEXT), Batch(images(), labels, [(0, 1), (0, 2)], model.totals(labels), 1))
-    assert terms["lpips"] == (pytest.approx(0.5), 1)
+    monkeypatch.setattr(pat, "perceptual", lambda device: lambda a, b: torch.ones(2, 1, 1, 1))
+    assert terms_of(world(points=64, crf_samples=32, w_rec=5.0, perceptual=True))["lpips"] == (pytest.approx(0.5), 1)
+    assert "lpips" not in terms_of(world(points=64, crf_samples=32, w_rec=5.0))           # the world does without
+
+
+def test_the_papers_recipe_without_vgg_stops_before_the_first_step_and_says_what_to_do(monkeypatch, tmp_path):
+    """Where the loss has no backbone nothing is trained quietly without it, and nothing is written."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    load_lpips.cache_clear()
+    config = tiny(out=str(tmp_path / "run"), perceptual=True)
+    with pytest.raises(InputError, match="vgg16.*--set perceptual=false"):
+        train.train(config)
+    load_lpips.cache_clear()
+    assert not (tmp_path / "run").exists() and pat.PATConfig().perceptual
+    assert all(preset(name).net.perceptual == (name != "world") for name in pat.PAT.PRESETS)
 
 
 # --- dead codes, and what is logged of the others ---
@@ -371,53 +411,117 @@ def test_a_dead_code_becomes_a_feature_of_the_batch():
     (numbers, kept), = remembered
     assert numbers.tolist() == [6, 7]
     for which, (stage, vq) in enumerate(model.quantisers().items()):
-        rng, K = rng_for(config.run.seed, step, which, RESTART), len(vq.codebook)
-        chosen, places = rng.integers(2, size=K), rng.random(K)
-        counts, features = kept[stage]
-        dead = counts <= config.run.net.restart_share * counts.sum() / K
-        assert dead.any()
-        for k in dead.nonzero()[:, 0].tolist():
-            x = features[chosen[k]].flatten(1)                                     # (D,P)
-            assert (vq.codebook[k] - g(x[:, int(places[k] * x.shape[1])])).abs().max() < 1e-12
-        assert vq.idle.tolist() == [0] * K                                                # dead or used: both begin anew
+        counts, features, inside = kept[stage]
+        K, P = len(vq.codebook), features[0, 0].numel()
+        drawn = rng_for(config.run.seed, step, which, RESTART).choice(2 * P, K, replace=False)
+        assert inside.all() and inside.shape == features[:, 0].shape and counts.sum() == 2 * P
+        for k in range(K):                                                                # none has begun: all are put
+            x = features[drawn[k] // P].flatten(1)[:, drawn[k] % P]                       # (D)
+            assert (vq.codebook[k] - g(x)).abs().max() < 1e-12
+        assert vq.idle.tolist() == [0] * K and len(vq.codebook.unique(dim=0)) == K        # no feature twice
+
+
+def test_codes_that_started_stay_until_they_are_dead():
+    """After the first step no code is new: in the second only those move that were in no use for an even share's one."""
+    config = tiny(restart_after=2, batch=2)
+    config.recipe.steps = 100
+    model, _ = one_step(config)
+    text, before = model.vlm.embed_text(World.train_names), model.latent.codebook.detach().clone()
+    _, remembered = gradients(model, text, micro_batches(config, step=1), config)
+    counts = remembered[0][1]["latent"][0]                    # 128 features, 32 codes: an even share is four
+    put = model.after_step(remembered, 1, config)[model.latent.codebook]
+    assert torch.equal(put, counts == 0) and 0 < put.sum() < 32
+    assert torch.equal((model.latent.codebook != before).any(1), put)
+
+
+def test_a_restarted_code_has_no_moments_and_its_neighbours_keep_theirs():
+    """The loop clears Adam's two moments of the rows that after_step names, and no others."""
+    config = tiny(restart_after=0, batch=2)
+    model = build(config.run)
+    optimizers, codebook = model.optimizers(train.parameter_groups(model, config.recipe), config.recipe), model.latent.codebook
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizers[0].step()
+    state = optimizers[0].state[codebook]
+    before = {key: value.clone() for key, value in state.items()}
+    rows = torch.arange(32) % 5 == 0
+    train.forget(optimizers, {codebook: rows, torch.nn.Parameter(torch.zeros(3)): torch.ones(3).bool()})
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert (state[kind][rows] == 0).all() and torch.equal(state[kind][~rows], before[kind][~rows])
+        assert (before[kind] != 0).all()
+    assert state["step"] == before["step"] == 1
+
+
+def furthest(codebook, features):
+    """The distance of a code to its nearest feature, of the code that is furthest from any."""
+    return torch.cdist(codebook, features, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max()
+
+
+def test_no_code_starts_on_padding():
+    """Labels say that only the first row of patches is image: every code of every stage is one of its features."""
+    config = tiny(batch=2)
+    config.recipe.steps = 100
+    model = build(config.run).train()
+    (images_, labels, numbers), = micro_batches(config)
+    labels[:, 8:] = PADDING
+    text = model.vlm.embed_text(World.train_names)
+    _, remembered = gradients(model, text, [(images_, labels, numbers)], config)
+    model.after_step(remembered, 0, config)
+    for stage, vq in model.quantisers().items():
+        counts, x, inside = remembered[0][1][stage]
+        assert inside.sum() == inside.numel() // 8 == counts.sum()
+        features = g(x.movedim(1, -1)[inside])                                            # (n,D)
+        assert furthest(vq.codebook, features) < 1e-6
 
 
 def test_features_at_is_the_loop_over_whoever_holds_the_image():
-    """As train.py had it, four loops; an image that nobody here holds offers zeros, so the sum over processes is right."""
-    x, numbers = torch.randn(3, 4, 5, 2), torch.tensor([12, 10, 17])
+    """As loops; an image that nobody here holds offers zeros, so the sum over processes is right."""
+    x, numbers, all_ = torch.randn(3, 4, 5, 2), torch.tensor([12, 10, 17]), torch.ones(3, 5, 2, dtype=torch.bool)
     rng = rng_for(0)
     images, places = 10 + rng.integers(8, size=20), rng.random(20)
     expected = torch.zeros(20, 4)
     for k in range(20):
         for b in (numbers == int(images[k])).nonzero()[:, 0].tolist():
             expected[k] = x.flatten(2)[b, :, int(places[k] * 10)]
-    found = features_at(x, numbers, images, places)
+    found = features_at(x, all_, numbers, images, places)
     assert torch.equal(found, expected) and 0 < (found == 0).all(1).sum() < 20
-    halves = [features_at(x[part], numbers[part], images, places) for part in (slice(0, 1), slice(1, 3))]
+    halves = [features_at(x[part], all_[part], numbers[part], images, places) for part in (slice(0, 1), slice(1, 3))]
     assert torch.equal(sum(halves), expected)
-    assert torch.equal(features_at(x, numbers, [17], [0.999999])[0], x[2, :, 4, 1])
+    assert torch.equal(features_at(x, all_, numbers, [17], [0.999999])[0], x[2, :, 4, 1])
+    all_[2, :, 1], all_[2, 3:] = False, False                 # of image 17 three features of the first column are left
+    thirds = features_at(x, all_, numbers, [17, 17, 17], [0.1, 0.5, 0.999999])
+    assert torch.equal(thirds, x[2, :, :3, 0].T)
 
 
 def remembered_of(counts, step):
     """What is remembered of a step of two images in which each stage counts `counts` (K of that stage)."""
-    return torch.tensor([2 * step, 2 * step + 1]), {stage: (counts[stage], torch.randn(2, 32, 2, 2)) for stage in STAGES}
+    x, inside = torch.randn(2, 32, 8, 8), torch.ones(2, 8, 8, dtype=torch.bool)
+    return torch.tensor([2 * step, 2 * step + 1]), {stage: (counts[stage], x, inside) for stage in STAGES}
 
 
-def test_idle_steps_are_counted_and_a_restart_begins_anew():
-    """Codes 0 and 1 used, then only 0: after three idle steps all but these restart, one step later code 1 does."""
-    config = tiny(restart_after=3, batch=2)
+def begun(model):
+    """The model as if each of its codes had begun just now."""
+    for vq in model.quantisers().values():
+        vq.idle.zero_()
+    return model
+
+
+def test_expected_uses_are_counted_and_a_restart_begins_anew():
+    """Codes 0 and 1 used, then only 0; 96 uses are three for each of 32 codes: after three steps nine were expected and
+    all but these two restart, one step later code 1 does."""
+    config = tiny(restart_after=9, batch=2)
     config.recipe.steps = 100
-    model = build(config.run)
+    model = begun(build(config.run))
     before = model.latent.codebook.detach().clone()
     both, one = ({stage: torch.zeros(len(vq.codebook), dtype=torch.int64) for stage, vq in model.quantisers().items()}
                  for _ in range(2))
     for stage in STAGES:
-        both[stage][:2], one[stage][:1] = 50, 100
+        both[stage][:2], one[stage][:1] = 48, 96
     found = []
     for step, counts in enumerate((both, one, one, one)):
         model.after_step([remembered_of(counts, step)], step, config)
         found.append((model.latent.idle[:3].tolist(), model.log()["latent"]["restarted"]))
-    assert found == [([0, 0, 1], 0), ([0, 1, 2], 0), ([0, 2, 0], 30), ([0, 0, 1], 1)]
+    assert found == [([0, 0, 3], 0), ([0, 3, 6], 0), ([0, 6, 0], 30), ([0, 0, 3], 1)]
     moved = (model.latent.codebook != before).any(1)
     assert not moved[0] and moved[1:].all()
     torch.testing.assert_close(model.latent.codebook[1:].norm(dim=1), torch.ones(31))     # onto the sphere
@@ -428,24 +532,31 @@ def test_idle_steps_are_counted_and_a_restart_begins_anew():
     (dict(unified=True), 0, False)], ids=str)
 def test_codes_restart_only_where_that_helps(numbers, step, restarts):
     """Not in the last 15 % of the steps, off the sphere, or in a codebook that is the queries; uses count all the same."""
-    config = tiny(**{"restart_after": 1, "batch": 2, **numbers})
+    config = tiny(**{"restart_after": 0.01, "batch": 2, **numbers})
     config.recipe.steps = 100
-    model = build(config.run)
+    model = begun(build(config.run))
     before = {n: v.clone() for n, v in model.state_dict().items()}
     counts = {stage: torch.eye(len(model.codebook(stage)), dtype=torch.int64)[0] for stage in STAGES}
     model.after_step([remembered_of(counts, step)], step, config)
-    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n]) and not n.endswith("idle")}
     assert changed == ({n for n in before if n.endswith("codebook")} if restarts else set())
     lines = model.log()
     assert all((line["restarted"] > 0) == restarts and line["used"] == 1 for line in lines.values())
 
 
-def test_off_the_sphere_no_code_restarts():
-    config = tiny(restart_after=1, vmf=False)
+def test_off_the_sphere_codes_start_on_features_of_their_own_length_and_never_again():
+    config = tiny(restart_after=0.01, vmf=False)
     model = build(config.run)
-    before = {n: p.clone() for n, p in model.named_parameters() if "codebook" in n}
-    _, remembered = gradients(model, model.vlm.embed_text(World.train_names), micro_batches(config), config)
+    text = model.vlm.embed_text(World.train_names)
+    _, remembered = gradients(model, text, micro_batches(config), config)
     model.after_step(remembered, 0, config)
+    assert [line["restarted"] for line in model.log().values()] == [32, 16, 8, 32]
+    features = remembered[0][1]["latent"][1].movedim(1, -1).flatten(0, 2)
+    assert furthest(model.latent.codebook, features) < 1e-6
+    assert (model.latent.codebook.norm(dim=1) - 1).abs().min() > 1e-3
+    before = {n: p.clone() for n, p in model.named_parameters() if "codebook" in n}
+    _, remembered = gradients(model, text, micro_batches(config, step=1), config)
+    model.after_step(remembered, 1, config)
     assert [line["restarted"] for line in model.log().values()] == [0] * 4
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if "codebook" in n)
 
@@ -473,9 +584,9 @@ def test_what_is_logged_of_the_codebooks_is_what_always_was(numbers, monkeypatch
             _, remembered = gradients(model, text, micro_batches(config, step=step), config)
             log.clear()
             model.after_step(remembered, step, config)
-            restarted = dict(zip(STAGES, log))
+            restarted = {stage: int(put.sum()) for stage, put in zip(STAGES, log)}
             for _, kept in remembered:
-                for stage, (counts, _) in kept.items():
+                for stage, (counts, *_) in kept.items():
                     seen[stage] = seen.get(stage, 0) + counts
         expected = codebook_lines(model, seen, remembered, restarted)
         assert repr(model.log()) == repr(expected) and list(expected) == list(STAGES)     # repr: nan is not nan

@@ -57,7 +57,7 @@ def test_the_loops_numbers_of_an_old_config_are_read(tmp_path):
 
 
 def test_resuming_takes_all_of_them(tmp_path):
-    config, resume, _ = parse(["--resume", str(written(tmp_path))])
+    config, resume, *_ = parse(["--resume", str(written(tmp_path))])
     assert resume and config.recipe.out == str(tmp_path) and config.recipe.stop_at == 0
     assert (config.recipe.grad_clip, config.recipe.steps, config.run.seed, config.run.net.side.width) == (0.7, 77, 11, 48)
 

@@ -182,7 +182,7 @@ def test_the_terms_by_hand(every_pixel):
     model, (out, expected) = world("san", queries=2, points=4), by_hand()
     totals = model.totals(LABELS)
     assert totals.tolist() == pytest.approx([3, 3.1])
-    terms = model.terms(out, Batch(images(2), LABELS, [(7, 5), (7, 9)], totals, 1))
+    terms = model.terms(out, Batch(images(2), LABELS, None, [(7, 5), (7, 9)], totals, 1))
     assert {name: weight for name, (weight, _) in terms.items()} == {name: weight for name, (weight, _) in expected.items()}
     for name, (_, value) in expected.items():
         assert terms[name][1].item() == pytest.approx(value, rel=1e-3), name
@@ -192,7 +192,7 @@ def test_the_terms_by_hand(every_pixel):
 def test_a_part_of_a_batch_divides_by_its_share_of_the_totals(every_pixel):
     """One of two micro-batches, all labels in it: sums over half the totals, so that the mean of the parts is the whole."""
     model, (out, expected) = world("san", queries=2, points=4), by_hand()
-    terms = model.terms(out, Batch(images(2), LABELS, [(7, 5), (7, 9)], model.totals(LABELS), 2))
+    terms = model.terms(out, Batch(images(2), LABELS, None, [(7, 5), (7, 9)], model.totals(LABELS), 2))
     for name, (_, value) in expected.items():
         assert terms[name][1].item() == pytest.approx(2 * value, rel=1e-3), name
 
@@ -201,5 +201,5 @@ def test_a_batch_without_a_label_still_has_its_no_object_loss():
     """No true mask in it: the count of masks is taken for 1, not for 0."""
     model = world("san", points=16)
     void = torch.full((2, 64, 64), IGNORE)
-    terms = model.terms(model(images(), TEXT), Batch(images(), void, [(0, 1), (0, 2)], model.totals(void), 1))
+    terms = model.terms(model(images(), TEXT), Batch(images(), void, None, [(0, 1), (0, 2)], model.totals(void), 1))
     assert all(term.isfinite() for _, term in terms.values()) and terms["ce_2"][1] > 0 and terms["dice_2"][1] == 0

@@ -80,17 +80,18 @@ def test_the_loss_by_hand():
 def test_the_codes_follow_the_features_four_times_as_fast_as_the_features_the_codes():
     """x = (1, 0), e = (0, 1), two numbers: dL/de = 2 (e - x) / 2 = (-1, 1); dL/dx = .25 (1, -1)."""
     x, code = torch.tensor([[1.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 1.0]], requires_grad=True)
-    to_x, to_code = torch.autograd.grad(commitment_loss(x, code, 0.25), (x, code))
+    to_x, to_code = torch.autograd.grad(commitment_loss(x, code, 0.25).sum(), (x, code))
     assert to_code.tolist() == [[-1.0, 1.0]] and to_x.tolist() == [[0.25, -0.25]]
 
 
-def test_quantise_is_the_assignment_its_loss_and_its_counts():
-    """Three features, codes east and north: zq the unit codes, two for east, one for north; and beta reaches the loss."""
+def test_quantise_is_the_assignment_and_the_loss_of_each_feature():
+    """Three features, codes east and north: zq the unit codes, a loss each, 0 on its code; and beta reaches the loss."""
     x, codes = torch.tensor([[3.0, 0.0], [2.0, 1.0], [0.0, 1.0]]), torch.tensor([[9.0, 0.0], [0.0, 0.1]])
-    zq, index, loss, counts = quantise(x, codes)
-    assert zq.tolist() == [[1, 0], [1, 0], [0, 1]] and index.tolist() == [0, 0, 1] and counts.tolist() == [2, 1]
-    apart = (2 - 4 / 5**0.5) / 6                              # |g(2,1) - east|² = 2 - 2 cos; mean of six numbers
-    assert loss.item() == pytest.approx(1.25 * apart) and quantise(x, codes, 1.0)[2].item() == pytest.approx(2 * apart)
+    zq, index, loss = quantise(x, codes)
+    assert zq.tolist() == [[1, 0], [1, 0], [0, 1]] and index.tolist() == [0, 0, 1]
+    apart = (2 - 4 / 5**0.5) / 2                              # |g(2,1) - east|² = 2 - 2 cos; mean of two numbers
+    assert loss.tolist() == pytest.approx([0, 1.25 * apart, 0])
+    assert quantise(x, codes, 1.0)[2].tolist() == pytest.approx([0, 2 * apart, 0])
 
 
 def test_gradients_reach_the_features_through_zq_and_the_codes_through_the_loss():
@@ -98,7 +99,7 @@ def test_gradients_reach_the_features_through_zq_and_the_codes_through_the_loss(
     tokens = vq(u)
     (tokens.zq * torch.randn_like(tokens.zq)).sum().backward()
     assert vq.pre.weight.grad.abs().sum() > 0 and vq.codebook.grad is None
-    vq(u).loss.backward()
+    vq(u).loss.mean().backward()
     assert vq.codebook.grad.abs().sum() > 0
 
 
@@ -118,15 +119,17 @@ QUANTISERS = {"vMFVQ": lambda: vMFVQ(6, 16, 4), "vMFVQ, plain": lambda: vMFVQ(6,
 
 @pytest.mark.parametrize("kind", QUANTISERS)
 def test_what_a_quantiser_returns_fits_together(kind):
-    """Whatever the rule: zq is the code of the index, counts count it, x has the same index again, zq moves W_pre."""
+    """Whatever the rule: zq is the code of the index, a loss each, x has the same index again, zq moves W_pre."""
     vq = QUANTISERS[kind]()
     tokens, codes = vq(torch.randn(2, 6, 3, 5)), vq.codes()
     assert tokens.zq.shape == tokens.x.shape == (2, 4, 3, 5) and codes.shape == (16, 4)
     assert tokens.index.shape == (2, 3, 5) and tokens.index.dtype == torch.int64 and tokens.index.unique().numel() > 4
     torch.testing.assert_close(tokens.zq, codes[tokens.index].permute(0, 3, 1, 2))
-    assert torch.equal(tokens.counts, torch.tensor([(tokens.index == k).sum() for k in range(16)]))
     assert torch.equal(vq.choose(tokens.x.permute(0, 2, 3, 1).flatten(0, 2), codes), tokens.index.flatten())
-    assert tokens.loss.shape == () and tokens.loss.isfinite()
+    assert tokens.loss.shape == (2, 3, 5)
+    if vq.codebook is not None:                               # a rule without a codebook has nothing to lose
+        x = F.normalize(tokens.x, dim=1) if vq.vmf else tokens.x                          # zq has the value of the code
+        torch.testing.assert_close(tokens.loss, 1.25 * (x - tokens.zq).square().mean(1))
     (tokens.zq * torch.randn_like(tokens.zq)).sum().backward()
     assert vq.pre.weight.grad.abs().sum() > 0
 
@@ -168,8 +171,27 @@ def test_perplexity_alone_is_fooled_by_a_collapsed_codebook_and_the_other_two_ar
     assert codebook_health(counts, apart, apart.repeat(50, 1))["bf16"] == 1.0
 
 
-def test_only_codes_idle_for_long_enough_restart():
-    """Idle 0, 4, 4: with restart_after 5 the second is used now, the third restarts onto its candidate."""
-    codebook, idle = torch.zeros(3, 2), torch.tensor([0, 4, 4])
-    done = restart_dead_codes(codebook, idle, torch.tensor([0, 2, 0]), torch.full((3, 2), 9.0), 5)
-    assert done == 1 and codebook.tolist() == [[0, 0], [0, 0], [9, 9]] and idle.tolist() == [1, 0, 0]
+def test_only_codes_unused_for_enough_expected_uses_restart():
+    """Six features for three codes: two each if shared evenly.  Idle 0, 4, 4 before: with restart_after 6 the second is
+    used now, the third was due six uses without one and starts again on its candidate."""
+    codebook, idle = torch.zeros(3, 2), torch.tensor([0.0, 4.0, 4.0])
+    put = restart_dead_codes(codebook, idle, torch.tensor([0, 6, 0]), torch.full((3, 2), 9.0), 6)
+    assert put.tolist() == [False, False, True]
+    assert codebook.tolist() == [[0, 0], [0, 0], [9, 9]] and idle.tolist() == [2, 0, 0]
+
+
+def test_one_use_is_enough_to_stay():
+    """A rare code is not a dead one: once in a hundred thousand features it was chosen."""
+    codebook, idle = torch.zeros(2, 1), torch.zeros(2)
+    put = restart_dead_codes(codebook, idle, torch.tensor([99_999, 1]), torch.ones(2, 1), 5)
+    assert not put.any() and idle.tolist() == [0, 0]
+
+
+def test_a_code_that_has_not_begun_begins_on_a_feature_used_or_not_and_only_once():
+    """Idle inf: it starts on its candidate in the first step, whatever it was chosen for; 0 uses: it never restarts."""
+    codebook, idle, candidates = torch.zeros(2, 1), torch.full((2,), torch.inf), torch.tensor([[3.0], [4.0]])
+    assert restart_dead_codes(codebook, idle, torch.tensor([5, 0]), candidates, 0).all()
+    assert codebook.tolist() == [[3], [4]] and idle.tolist() == [0, 0]
+    for _ in range(3):
+        assert not restart_dead_codes(codebook, idle, torch.tensor([1000, 0]), -candidates, 0).any()
+    assert codebook.tolist() == [[3], [4]] and idle.tolist() == [0, 1500]

@@ -99,8 +99,8 @@ def check_assignment(x, codes, beta=0.25):
     ups = torch.randn_like(x), torch.randn_like(x[:, 0])
     check_equal([*ours[1:], *grads_of(ours[1:], ups, (x, codes))], [*theirs[1:], *grads_of(theirs[1:], ups, (x, codes))])
     ours, theirs = cpu.quantise(x, codes, beta), vq.quantise(x, codes, beta)
-    assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[3], theirs[3])
-    ups = torch.randn_like(x), torch.tensor(1.7, dtype=torch.float64)
+    assert torch.equal(ours[1], theirs[1])
+    ups = torch.randn_like(x), torch.randn_like(x[:, 0])
     check_equal([*ours[::2], *grads_of(ours[::2], ups, (x, codes))], [*theirs[::2], *grads_of(theirs[::2], ups, (x, codes))])
 
 
@@ -160,7 +160,7 @@ def test_the_codebook_gradient_is_the_same_bits_every_time():
     threads, x, codes = torch.get_num_threads(), torch.randn(8192, 32), torch.randn(4, 32, requires_grad=True)
     torch.set_num_threads(2)
     up = torch.randn(8192, 32)
-    grads = [torch.autograd.grad([cpu.assign(x, codes)[1], cpu.quantise(x, codes)[2]], codes, [up, torch.tensor(1.0)])[0]
+    grads = [torch.autograd.grad([cpu.assign(x, codes)[1], cpu.quantise(x, codes)[2]], codes, [up, up[:, 0]])[0]
              for _ in range(10)]
     torch.set_num_threads(threads)
     assert all(torch.equal(grads[0], other) for other in grads)

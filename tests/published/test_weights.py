@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from cli import InputError
 from clip import load_vlm
-from published.weights import open_model, with_activation
+from published.weights import open_model, reason, with_activation
 from tests.helpers import smaller
 
 TINY = dict(vision=dict(width=64, layers=2), text=dict(width=8, heads=1, layers=1), depth=1)
@@ -158,3 +158,9 @@ def test_the_name_with_its_activation_needs_no_weights_to_know_it(tiny):
                        ("ViT-L-14-336-quickgelu", "ViT-L-14-336-quickgelu"), ("EVA02-B-16", "EVA02-B-16")]:
         vlm = load_vlm(name, "none", scale=1.0)
         assert with_activation(name, vlm) == said
+
+
+def test_a_reason_is_one_short_line():
+    """The kind and the first line, at most 150 letters of it; an empty message is no error of its own."""
+    assert reason(ValueError("first\nsecond")) == "ValueError: first" and reason(KeyError()) == "KeyError: "
+    assert reason(OSError("x" * 200)) == "OSError: " + "x" * 150

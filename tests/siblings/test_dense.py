@@ -39,7 +39,7 @@ def test_the_loss_by_hand(net):
     logits = torch.tensor([0.0, 3.0]).clamp(min=1).log().view(1, 2, 1, 1).expand(1, 2, 1, 3)
     labels = torch.tensor([[[0, 1, IGNORE]]])
     totals = net.totals(labels)
-    (weight, loss), = net.terms(dict(logits=logits), Batch(None, labels, [], totals, 1)).values()
+    (weight, loss), = net.terms(dict(logits=logits), Batch(None, labels, None, [], totals, 1)).values()
     assert totals.tolist() == [2] and weight == 1
     assert loss.item() == pytest.approx((torch.tensor(4.0).log() + torch.tensor(4 / 3).log()).item() / 2)
 
@@ -47,7 +47,7 @@ def test_the_loss_by_hand(net):
 def test_a_share_counts_for_its_part_of_all_labelled_pixels(net):
     """The same image as one of two micro-batches that hold 8 labelled pixels in all: 2 pixels' sum / 8 * 2 parts."""
     logits, labels = torch.zeros(1, 2, 1, 3), torch.tensor([[[0, 1, IGNORE]]])
-    (_, loss), = net.terms(dict(logits=logits), Batch(None, labels, [], torch.tensor([8.0]), 2)).values()
+    (_, loss), = net.terms(dict(logits=logits), Batch(None, labels, None, [], torch.tensor([8.0]), 2)).values()
     assert loss.item() == pytest.approx(2 * torch.tensor(2.0).log().item() / 8 * 2)
 
 

@@ -92,19 +92,23 @@ def test_curves_draw_codebooks_only_where_there_are_any():
 
 
 def test_a_model_with_a_loss_of_its_own_draws_it(monkeypatch):
-    """Panels and lines are those its class names, from the log's keys; a key that the log lacks is no line."""
+    """Panels and lines are those its class names, from the log's keys; a key that the log lacks is no line; a term that no
+    panel names is drawn all the same, in one of its own."""
     class Sibling(SAN):
         curves, stages = {"grouping": {"entropy": "h", "gone": "never logged"}, "names": {"ce": "ce"}}, ("groups",)
 
     drawn = {}
     monkeypatch.setattr(G, "plot", lambda figure, box, title, lines, log, steps: drawn.update({title: (lines, log)}))
-    picture = G.curves([{"step": s, "lr": 1e-3, "h": 2.0 + s, "ce": 0.5, "groups": {"perplexity": 7.0}} for s in (4, 9)],
-                       Sibling)
+    lines = [{"step": s, "lr": 1e-3, "grad_norm": 9.0, "h": 2.0 + s, "ce": 0.5, "ms_per_step": 3.0, "memory_gb": None,
+              "groups": {"perplexity": 7.0}} for s in (4, 9)]
+    picture = G.curves(lines, Sibling)
     assert drawn == {"grouping, unweighted (log)": ({"entropy": [(5, 6.0), (10, 11.0)], "gone": []}, True),
                      "names, unweighted (log)": ({"ce": [(5, 0.5), (10, 0.5)]}, True),
                      "perplexity: how many codes are in use": ({"groups": [(5, 7.0), (10, 7.0)]}, False),
                      "learning rate, in units of 0.0001": ({"rate": [(5, 10.0), (10, 10.0)]}, False)}
     assert picture.height == G.curves([{"step": 0, "lr": 1e-3}], PAT).height              # four panels both
+    G.curves([{**line, "new": 0.1} for line in lines], Sibling)
+    assert drawn["other terms, unweighted (log)"] == ({"new": [(5, 0.1), (10, 0.1)]}, True)
     Sibling.stages = ()
     assert G.curves([{"step": 0, "lr": 1e-3}], Sibling).height == picture.height          # three: two rows as well
 

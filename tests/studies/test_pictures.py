@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from cli import InputError
 from data import palette
 from predict import overlay, spread, token_map
-from studies.pictures import INK, Axis, Figure, contact_sheet, place, plot, write_names
+from studies.pictures import INK, Axis, Figure, contact_sheet, make_folder, place, plot, write_names
 
 
 def test_the_overlay_tints_names_and_leaves_unnamed_pixels_alone():
@@ -93,3 +94,13 @@ def test_captions_stay_under_their_pictures():
     sheet = np.asarray(contact_sheet([[cell, cell]], ["a", "b"], 50, [["x" * 60, ""]]))
     strip = sheet[24 + 50:, :, 0]
     assert (strip[:, 4:54] < 200).any() and (strip[:, 54:] == 255).all()
+
+
+def test_a_folder_is_made_with_its_parents_or_refused(tmp_path):
+    """Once more is no error; where a file stands, it is one."""
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/b: cannot be made a folder \(Not a directory\)"):
+        make_folder(tmp_path / "file" / "b")
