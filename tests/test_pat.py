@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from PIL import Image
 from torch.func import functional_call
 
@@ -16,11 +17,11 @@ import pat
 from cli import InputError
 from data import rng_for, to_unit
 from hsattn import g
-from pat import PYRAMID, RESTART, STAGES, TokenMixer
-from runs import build, changed, load_run, preset
+from pat import PAT, PYRAMID, RESTART, STAGES, PATConfig, TokenMixer
+from runs import build, changed, flat, load_run, preset
 from san import SAN, tokens, trainable
 from segmenter import Batch
-from tests.helpers import TEXT, images, micro_batches, tiny, world
+from tests.helpers import TEXT, images, micro_batches, randomised, tiny, world
 from train import gradients
 from vq import codebook_health, features_at
 from world.scenes import World
@@ -154,6 +155,124 @@ def test_the_walk_is_the_headers_lines(switches):
     assert all(torch.equal(getattr(found[s], part), getattr(expected[s], part)) for s in STAGES for part in ("zq", "index", "x"))
 
 
+# --- Eq. 2, from the design alone: no forward of a sub-module runs but the side ViT's blocks and DySample ---
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def rows(m):
+    """A map (B,S,h,w) as rows (B,h*w,S)."""
+    return m.flatten(2).transpose(1, 2)
+
+
+def conv(layer, x, **how):
+    """A convolution by its weights, with the strides that the design names."""
+    return F.conv2d(x, layer.weight, layer.bias, **how)
+
+
+def attended(layer, heads, q, k, v, kappa=None):
+    """Attn, one head after the other; with `kappa` HSAttn: q, k and what comes out on the sphere, v not."""
+    q, k, v = layer.q(q), layer.k(k), layer.v(v)
+    width, out = q.shape[-1] // heads, []
+    for i in range(heads):
+        q_i, k_i, v_i = (x[..., i * width:(i + 1) * width] for x in (q, k, v))
+        scores = q_i @ k_i.mT / width**0.5 if kappa is None else kappa * unit(q_i) @ unit(k_i).mT
+        moved = scores.exp() / scores.exp().sum(-1, keepdim=True) @ v_i                   # softmax over the features
+        out.append(moved if kappa is None else unit(moved))
+    return layer.out(torch.cat(out, -1))
+
+
+def mix(mixer, t):
+    """(B,N,S) -> (B,M,S): three linears along the token axis, GELU between them."""
+    first, second, third = mixer.mlp.layers
+    return third(F.gelu(second(F.gelu(first(t.mT))))).mT
+
+
+def assigned(u, vq, codes, vmf):
+    """The code of the largest cosine with the gradient of the unit feature; off the sphere all of it on raw vectors."""
+    x = rows(conv(vq.pre, u))                                                             # (B,h*w,D)
+    x, codes = (unit(x), unit(codes)) if vmf else (x, codes)
+    index = (x @ codes.T).argmax(-1)
+    zq = codes[index].detach() + x - x.detach()
+    return zq.mT.reshape(len(u), -1, *u.shape[2:]), index.reshape(len(u), *u.shape[2:])
+
+
+def eq2(model, image, f):
+    """Section 4 of the design, a line there a line here: {stage: (zq, index)}, q8 of image (B,3,H,W) and four f."""
+    c, side, found, t = model.config, model.side, {}, None
+    (h, w), scales = f[0].shape[2:], dict(zip(PYRAMID, c.scales))
+
+    def codes(stage):                                                                     # E, or one embedding for all
+        return F.linear(side.query_embed[0], model.to_code.weight, model.to_code.bias) if c.unified else \
+            (model.latent if stage == "latent" else model.pixels.vq[stage]).codebook
+
+    x, before = image, c.side.patch                                                       # the pixel branch
+    for stage, f_s in zip(PYRAMID, f[1:]):
+        s = scales[stage]
+        if c.residual and stage == "early":                                               # x = stem(image)
+            halving = [layer for layer in model.pixels.down["early"] if hasattr(layer, "weight")]
+            assert 2 ** len(halving) * s == c.side.patch
+            for i, layer in enumerate(halving):
+                x = conv(layer, F.gelu(x) if i else x, stride=2, padding=1)
+        elif c.residual:                                                                  # x = Down(x before)
+            x = conv(model.pixels.down[stage], x, stride=before // s, padding=1)
+        u, before = f_s, s                                                                # u = Up_s(f) + x
+        assert 2 ** len(model.pixels.up[stage]) == s
+        for dysample in model.pixels.up[stage]:
+            u = dysample(u)
+        u = u + x if c.residual else u
+        assert u.shape[2:] == (h * s, w * s)
+        found[stage] = assigned(u, model.pixels.vq[stage], codes(stage), c.vmf)           # zq = vMFVQ(E, W_pre u)
+
+    pos = side.pos_embed.mT.reshape(1, -1, c.side.grid, c.side.grid)                      # the side ViT, as SAN has it
+    pos = rows(F.interpolate(pos, (h, w), mode="bicubic"))
+    z = rows(conv(side.patch_embed, image, stride=c.side.patch)) + pos + rows(f[0])
+    q = (side.query_embed + side.query_pos_embed).expand(len(image), -1, -1)
+    for i, block in enumerate(side.blocks):
+        if i > 0:
+            q, z = q + side.query_pos_embed, z + pos
+        q, z = block(torch.cat([q, z], 1)).split([c.side.queries, h * w], 1)
+        if i < 3:                                                                         # the semantic branch
+            stage, layers = PYRAMID[i], model.semantic[i]
+            z = z + rows(f[i + 1])                                                        # z = z + f
+            if c.mixer:
+                E = unit(codes(stage)) if c.vmf else codes(stage)
+                start = q if c.unified else layers.tok(E)                                 # t = W_tok g(E) [+ Mix(t before)]
+                t = start if i == 0 else start + mix(layers.mix_before, t)
+                t = layers.norm_t(t + attended(layers.hsattn, c.hs_heads, t, z, z, c.kappa if c.vmf else None))
+            e_global = mix(layers.mix, t) if c.mixer else 0                               # q = LN(q + Attn(q + Mix(t), z, z))
+            q = layers.norm_q(q + attended(layers.attn, c.hs_heads, q + e_global, z, z))
+    z8 = z.mT.reshape(len(image), -1, h, w)
+    found["latent"] = assigned(z8, model.latent, codes("latent"), c.vmf)
+    return found, q
+
+
+@pytest.mark.parametrize("switches", [
+    {}, dict(vmf=False), dict(scales=(4, 4, 4)), dict(scales=(1, 1, 1)), dict(scales=(2, 2, 1)), dict(mixer=False),
+    dict(residual=False), dict(unified=True), dict(unified=True, vmf=False)], ids=str)
+def test_the_walk_is_eq_2_to_the_last_digits_and_so_is_its_gradient(switches):
+    """On an oblong batch, with five blocks, a kappa of its own and no number as it starts, in float64."""
+    model = randomised(build(tiny(depth=5, kappa=7.0, **switches).run)).double()
+    image, f = images(2, 48, 80).double(), [torch.randn(2, 48, 6, 10).double().requires_grad_() for _ in range(4)]
+    found, q = model.walk(image, f)
+    expected, expected_q = eq2(model, image, f)
+    assert list(found) == ["early", "mid", "late", "latent"]
+    assert all(torch.equal(found[s].index, index) for s, (_, index) in expected.items())
+    outputs = [[*(found[s].zq for s in found), q], [*(zq for zq, _ in expected.values()), expected_q]]
+    near = dict(rtol=1e-11, atol=1e-12)
+    for ours, theirs in zip(*outputs):
+        torch.testing.assert_close(ours, theirs, **near)
+    upstream = [torch.randn_like(x) for x in outputs[0]]
+    inputs = {**{n: p for n, p in model.named_parameters() if p.requires_grad}, **{f"f{i}": x for i, x in enumerate(f)}}
+    ours, theirs = (torch.autograd.grad(leaves, list(inputs.values()), upstream, allow_unused=True) for leaves in outputs)
+    for name, a, b in zip(inputs, ours, theirs):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda told: f"{name}: {told}")
+
+
 def test_the_walk_interleaves_the_branches(monkeypatch):
     """Per stage: the codes the image chose, a side block, the semantic stage on those codes; then the other blocks, latent."""
     model, said = world(depth=5), []
@@ -193,6 +312,16 @@ def test_masks_are_named_as_sans_are_and_both_tasks_read_the_same_codes(monkeypa
 # --- Table II ---
 
 
+def test_every_row_of_table_ii_switches_what_the_design_says():
+    """Section 10, literally, and no number but that one: each name is one the model has."""
+    rows_of = {"no-vmf": dict(vmf=False), "scales-4-4-4": dict(scales=(4, 4, 4)), "scales-1-1-1": dict(scales=(1, 1, 1)),
+               "no-align": dict(align="none"), "no-mixer": dict(mixer=False), "no-residual": dict(residual=False),
+               "unified": dict(unified=True), "separate-decoders": dict(separate_decoders=True),
+               "one-stage-removed": dict(decoder_stages=("mid", "late")), "two-stages-removed": dict(decoder_stages=("late",)),
+               "three-stages-removed": dict(decoder_stages=())}
+    assert {row: PAT.ABLATIONS[row] for row in rows_of} == rows_of
+
+
 @pytest.mark.parametrize("changes, claim", [
     (dict(vmf=False), lambda m, out: type(m.semantic[0].hsattn).__name__ == "Attn"
      and not torch.allclose(out["tokens"]["early"].zq.norm(dim=1), torch.ones(2, 32, 32))),
@@ -229,6 +358,19 @@ def test_without_residual_the_codes_do_not_see_pixels_that_clip_does_not():
         f = [torch.randn(1, 96, 8, 8) for _ in range(3)]
         a, b = (model.pixels(images(1) * k, f, None)["early"].x for k in (1.0, -1.0))
         assert torch.equal(a, b) == same
+
+
+@pytest.mark.parametrize("net", [PATConfig(), preset("coco").net], ids=["defaults", "coco"])
+def test_every_number_of_the_papers_configuration(net):
+    """Sections 2 to 10 of the design, number by number; all switches of Table II are off."""
+    stated = dict(codes=(128, 64, 32, 256), code_dim=32, scales=(4, 2, 1), kappa=30.0, hs_heads=8, mixer_hidden=256,
+                  decoder_width=256, decoder_heads=8, spade_hidden=128,
+                  width=240, depth=8, heads=6, patch=16, grid=40, queries=100,
+                  vlm="ViT-B-16", pretrained="openai", clip_scale=0.5, depths=(), short_side=640, long_side=2560,
+                  w_vq=0.1, w_align=0.1, w_rec=1.0, points=12544, crf_samples=1000, align="scale-free",
+                  vmf=True, mixer=True, residual=True, unified=False, separate_decoders=False,
+                  decoder_stages=("early", "mid", "late"))
+    assert {name: flat(net)[name] for name in stated} == stated
 
 
 def test_the_reference_sizes_are_the_papers():
@@ -294,6 +436,28 @@ def test_the_terms_and_their_weights():
     assert len(stages) == 4
     for name, value in expected.items():
         torch.testing.assert_close(terms[name][1], value, msg=name)
+
+
+@pytest.mark.parametrize("name", ["coco", "world"])
+@torch.no_grad()
+def test_the_terms_of_a_preset_in_numbers(name, monkeypatch):
+    """A batch of zeros is a picture of CLIP's mean colour: what is .25 brighter is .25 off in L1 and .0625 in L2."""
+    monkeypatch.setattr(pat, "perceptual", lambda *_: lambda *pictures: given.append(pictures) or torch.tensor([0.5, 0.7]))
+    model, labels, given, net = world(), torch.randint(0, 5, (2, 64, 64)), [], preset(name).net
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1).expand(2, 3, 64, 64)
+    out, model.config = {**model(images(), TEXT), "image": mean + 0.25}, net              # of `net` only the loss's numbers
+    batch = Batch(torch.zeros(2, 3, 64, 64), labels, [(0, 1), (0, 2)], model.totals(labels), 1)
+    terms = model.terms(out, batch)
+    vq, align, rec = (0.1, 0.1, 1.0) if name == "coco" else (net.w_vq, net.w_align, net.w_rec)
+    weights = {"ce_1": 2, "mask_1": 5, "dice_1": 5, "ce_2": 2, "mask_2": 5, "dice_2": 5,
+               "vq": vq, "crf": align, "tv": align, "l1": 0.1 * rec, "l2": 1.0 * rec, "lpips": 0.1 * rec}
+    assert {term: terms[term][0] for term in weights} == pytest.approx(weights)
+    assert all(weight == 0 for term, (weight, _) in terms.items() if term not in weights)           # no more than logged
+    values = dict(l1=0.25, l2=0.0625, lpips=0.6)
+    assert {term: terms[term][1].item() for term in values} == pytest.approx(values, rel=1e-5)
+    (theirs, truth), = given                                                              # LPIPS takes -1..1
+    torch.testing.assert_close(truth, 2 * mean - 1)
+    torch.testing.assert_close(theirs, 2 * mean - 0.5)
 
 
 def test_alignment_none_drops_both_its_terms_and_literal_is_passed_on():
