@@ -80,6 +80,16 @@ def test_local_tokens_listen_to_the_image_and_the_stage_before_but_not_to_global
     assert not torch.equal(stage(codes, q, z, -before)[1], q_out)             # while q does listen to t
 
 
+@pytest.mark.parametrize("of", ["image", "masks"])
+def test_both_tasks_train_the_features_of_all_four_stages(of):
+    """Straight through the codes, so through the decoder's zq: the semantic branch has none of W_pre."""
+    model = world()
+    made = model(images(), TEXT)[of]
+    made = made[-1] if of == "masks" else made
+    (made * torch.randn_like(made)).sum().backward()
+    assert all(vq.pre.weight.grad.abs().sum() > 0 for vq in model.quantisers().values())
+
+
 def test_codes_learn_from_the_quantiser_and_from_the_semantic_branch():
     for of in ("vq", "masks"):
         model = world()
@@ -213,9 +223,10 @@ def eq2(model, image, f):
         s = scales[stage]
         if c.residual and stage == "early":                                               # x = stem(image)
             halving = [layer for layer in model.pixels.down["early"] if hasattr(layer, "weight")]
-            assert 2 ** len(halving) * s == c.side.patch
+            times = (c.side.patch // s).bit_length() - 1
+            assert len(halving) == max(times, 1)                                          # at s = patch nothing to halve
             for i, layer in enumerate(halving):
-                x = conv(layer, F.gelu(x) if i else x, stride=2, padding=1)
+                x = conv(layer, F.gelu(x) if i else x, stride=2 if times else 1, padding=1)
         elif c.residual:                                                                  # x = Down(x before)
             x = conv(model.pixels.down[stage], x, stride=before // s, padding=1)
         u, before = f_s, s                                                                # u = Up_s(f) + x
@@ -250,16 +261,21 @@ def eq2(model, image, f):
 
 
 @pytest.mark.parametrize("switches", [
-    {}, dict(vmf=False), dict(scales=(4, 4, 4)), dict(scales=(1, 1, 1)), dict(scales=(2, 2, 1)), dict(mixer=False),
-    dict(residual=False), dict(unified=True), dict(unified=True, vmf=False)], ids=str)
+    {}, dict(vmf=False), dict(scales=(4, 4, 4)), dict(scales=(1, 1, 1)), dict(scales=(2, 2, 1)), dict(scales=(8, 4, 2)),
+    dict(mixer=False), dict(residual=False), dict(unified=True), dict(unified=True, vmf=False), dict(depth=3)], ids=str)
 def test_the_walk_is_eq_2_to_the_last_digits_and_so_is_its_gradient(switches):
-    """On an oblong batch, with five blocks, a kappa of its own and no number as it starts, in float64."""
-    model = randomised(build(tiny(depth=5, kappa=7.0, **switches).run)).double()
+    """On an oblong batch, with five blocks, a kappa of its own and no number as it starts, in float64.
+
+    The pixel branch on its own, the detached tokenizer, gives the same three.
+    """
+    model = randomised(build(tiny(**{"depth": 5, "kappa": 7.0, **switches}).run)).double()
     image, f = images(2, 48, 80).double(), [torch.randn(2, 48, 6, 10).double().requires_grad_() for _ in range(4)]
     found, q = model.walk(image, f)
     expected, expected_q = eq2(model, image, f)
     assert list(found) == ["early", "mid", "late", "latent"]
     assert all(torch.equal(found[s].index, index) for s, (_, index) in expected.items())
+    alone = model.pixels(image, f[1:], model.given())
+    assert all(torch.equal(alone[s].zq, found[s].zq) and torch.equal(alone[s].index, found[s].index) for s in PYRAMID)
     outputs = [[*(found[s].zq for s in found), q], [*(zq for zq, _ in expected.values()), expected_q]]
     near = dict(rtol=1e-11, atol=1e-12)
     for ours, theirs in zip(*outputs):
@@ -307,6 +323,23 @@ def test_masks_are_named_as_sans_are_and_both_tasks_read_the_same_codes(monkeypa
     assert torch.equal(out["image"], decoded["image"]) and len(out["masks"]) == len(out["classes"]) == 2
     for masks, bias, m, c in zip(decoded["masks"], decoded["bias"], out["masks"], out["classes"]):
         assert torch.equal(masks, m) and torch.equal(model.classify(pyramid, bias, TEXT), c)
+
+
+def test_half_precision_ends_at_the_models_door():
+    """Under autocast masks and image leave as the picture came: losses and scores are fp32."""
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = world()(images(), TEXT)
+    assert [m.dtype for m in (*out["masks"], out["image"])] == [torch.float32] * 3
+
+
+def test_numbers_that_change_no_weight_arrive_where_they_count():
+    """The kernels at every quantiser and every HSAttn, heads at both kinds of attention, all unlike their defaults."""
+    model = world(kernels="plain", hs_heads=4, decoder_heads=16)
+    asked = [m.kernels for m in model.modules() if hasattr(m, "kernels")]
+    assert asked == ["plain"] * (len(STAGES) + len(PYRAMID))
+    assert all(part.hsattn.heads == part.attn.heads == 4 for part in model.semantic)
+    blocks = [*model.decoder.spade.values(), *model.decoder.plain, *model.decoder.cross.values()]
+    assert len(blocks) == 8 and all(block.attn.heads == 16 for block in blocks)
 
 
 # --- Table II ---
@@ -398,11 +431,14 @@ def test_any_multiple_of_the_patch_works_and_batch_does_not_matter():
 @pytest.mark.parametrize("changes, says", [
     (dict(scales=(4, 3, 1)), "factor of 3: scales must be powers of two"),
     (dict(scales=(1, 2, 4)), "^scales 1 2 4: each is the one before it, or half of it"),
+    (dict(scales=(4, 1, 1)), "^scales 4 1 1: each is the one before it, or half of it"),
+    (dict(scales=(4, 2, 0)), "^scales 4 2 0: takes 3 positive"), (dict(codes=(8, 8, 8, 0)), "^codes 8 8 8 0: takes 4 positive"),
     (dict(scales=(4, 2)), "^scales 4 2: takes 3"), (dict(scales=(16, 8, 4)), "the stem is a factor"),
     (dict(scales=(16, 16, 16), residual=False), "the pixel head"), (dict(codes=(8, 8, 8)), "^codes 8 8 8: takes 4"),
     (dict(depths=(0, 2, 4)), "^depths 0 2 4: takes 4"), (dict(depth=2), "^depth 2: each of early, mid, late"),
     (dict(decoder_stages=("top",)), "^decoder_stages top: there are early, mid, late"), (dict(model="pot"), "pot"),
-    (dict(heads=5), "^heads 5 does not divide"), (dict(hs_heads=7), "^hs_heads 7 does not divide"),
+    (dict(decoder_stages=("latent",)), "^decoder_stages latent: there are early, mid, late"),
+    (dict(heads=5), "^heads 5 does not divide"), (dict(hs_heads=7), "^hs_heads 7 does not divide the width 96"),
     (dict(decoder_heads=3), "^decoder_heads 3 does not divide the width 64"),
     (dict(align="tight"), "^align tight: there are scale-free, literal, none"),
     (dict(kernels="torch"), "^kernels torch: there are plain, auto, triton"),
@@ -412,6 +448,12 @@ def test_numbers_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(InputError, match=says) as error:
         world(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_a_pat_wants_one_map_of_clip_a_stage():
+    """Built past `check`, as somebody who adds a stage would find out."""
+    with pytest.raises(InputError, match="^depths: CLIP gives 3 maps; give 4 numbers"):
+        PAT(changed(tiny().run, depths=(0, 2, 4)).net)
 
 
 # --- the loss ---
