@@ -224,7 +224,7 @@ def eq2(model, image, f):
         if c.residual and stage == "early":                                               # x = stem(image)
             halving = [layer for layer in model.pixels.down["early"] if hasattr(layer, "weight")]
             times = (c.side.patch // s).bit_length() - 1
-            assert len(halving) == max(times, 1)                                          # at s = patch nothing to halve
+            assert len(halving) == max(times, 1)                                          # s = patch: nothing to halve
             for i, layer in enumerate(halving):
                 x = conv(layer, F.gelu(x) if i else x, stride=2 if times else 1, padding=1)
         elif c.residual:                                                                  # x = Down(x before)
@@ -250,10 +250,10 @@ def eq2(model, image, f):
             z = z + rows(f[i + 1])                                                        # z = z + f
             if c.mixer:
                 E = unit(codes(stage)) if c.vmf else codes(stage)
-                start = q if c.unified else layers.tok(E)                                 # t = W_tok g(E) [+ Mix(t before)]
+                start = q if c.unified else layers.tok(E)                                 # t = W_tok g(E) [+ Mix(t')]
                 t = start if i == 0 else start + mix(layers.mix_before, t)
                 t = layers.norm_t(t + attended(layers.hsattn, c.hs_heads, t, z, z, c.kappa if c.vmf else None))
-            e_global = mix(layers.mix, t) if c.mixer else 0                               # q = LN(q + Attn(q + Mix(t), z, z))
+            e_global = mix(layers.mix, t) if c.mixer else 0                               # q = LN(q + Attn(q + Mix(t)..
             q = layers.norm_q(q + attended(layers.attn, c.hs_heads, q + e_global, z, z))
     z8 = z.mT.reshape(len(image), -1, h, w)
     found["latent"] = assigned(z8, model.latent, codes("latent"), c.vmf)
@@ -282,8 +282,8 @@ def test_the_walk_is_eq_2_to_the_last_digits_and_so_is_its_gradient(switches):
         torch.testing.assert_close(ours, theirs, **near)
     upstream = [torch.randn_like(x) for x in outputs[0]]
     inputs = {**{n: p for n, p in model.named_parameters() if p.requires_grad}, **{f"f{i}": x for i, x in enumerate(f)}}
-    ours, theirs = (torch.autograd.grad(leaves, list(inputs.values()), upstream, allow_unused=True) for leaves in outputs)
-    for name, a, b in zip(inputs, ours, theirs):
+    gradients_of = (torch.autograd.grad(x, list(inputs.values()), upstream, allow_unused=True) for x in outputs)
+    for name, a, b in zip(inputs, *gradients_of):
         assert (a is None) == (b is None), name
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda told: f"{name}: {told}")
@@ -346,13 +346,13 @@ def test_numbers_that_change_no_weight_arrive_where_they_count():
 
 
 def test_every_row_of_table_ii_switches_what_the_design_says():
-    """Section 10, literally, and no number but that one: each name is one the model has."""
-    rows_of = {"no-vmf": dict(vmf=False), "scales-4-4-4": dict(scales=(4, 4, 4)), "scales-1-1-1": dict(scales=(1, 1, 1)),
-               "no-align": dict(align="none"), "no-mixer": dict(mixer=False), "no-residual": dict(residual=False),
-               "unified": dict(unified=True), "separate-decoders": dict(separate_decoders=True),
-               "one-stage-removed": dict(decoder_stages=("mid", "late")), "two-stages-removed": dict(decoder_stages=("late",)),
-               "three-stages-removed": dict(decoder_stages=())}
-    assert {row: PAT.ABLATIONS[row] for row in rows_of} == rows_of
+    """Section 10, literally: that number and no other."""
+    table = {"no-vmf": dict(vmf=False), "scales-4-4-4": dict(scales=(4, 4, 4)), "scales-1-1-1": dict(scales=(1, 1, 1)),
+             "no-align": dict(align="none"), "no-mixer": dict(mixer=False), "no-residual": dict(residual=False),
+             "unified": dict(unified=True), "separate-decoders": dict(separate_decoders=True),
+             "one-stage-removed": dict(decoder_stages=("mid", "late")),
+             "two-stages-removed": dict(decoder_stages=("late",)), "three-stages-removed": dict(decoder_stages=())}
+    assert {row: PAT.ABLATIONS[row] for row in table} == table
 
 
 @pytest.mark.parametrize("changes, claim", [
@@ -432,7 +432,8 @@ def test_any_multiple_of_the_patch_works_and_batch_does_not_matter():
     (dict(scales=(4, 3, 1)), "factor of 3: scales must be powers of two"),
     (dict(scales=(1, 2, 4)), "^scales 1 2 4: each is the one before it, or half of it"),
     (dict(scales=(4, 1, 1)), "^scales 4 1 1: each is the one before it, or half of it"),
-    (dict(scales=(4, 2, 0)), "^scales 4 2 0: takes 3 positive"), (dict(codes=(8, 8, 8, 0)), "^codes 8 8 8 0: takes 4 positive"),
+    (dict(scales=(4, 2, 0)), "^scales 4 2 0: takes 3 positive"),
+    (dict(codes=(8, 8, 8, 0)), "^codes 8 8 8 0: takes 4 positive"),
     (dict(scales=(4, 2)), "^scales 4 2: takes 3"), (dict(scales=(16, 8, 4)), "the stem is a factor"),
     (dict(scales=(16, 16, 16), residual=False), "the pixel head"), (dict(codes=(8, 8, 8)), "^codes 8 8 8: takes 4"),
     (dict(depths=(0, 2, 4)), "^depths 0 2 4: takes 4"), (dict(depth=2), "^depth 2: each of early, mid, late"),
@@ -484,17 +485,18 @@ def test_the_terms_and_their_weights():
 @torch.no_grad()
 def test_the_terms_of_a_preset_in_numbers(name, monkeypatch):
     """A batch of zeros is a picture of CLIP's mean colour: what is .25 brighter is .25 off in L1 and .0625 in L2."""
-    monkeypatch.setattr(pat, "perceptual", lambda *_: lambda *pictures: given.append(pictures) or torch.tensor([0.5, 0.7]))
     model, labels, given, net = world(), torch.randint(0, 5, (2, 64, 64)), [], preset(name).net
+    lpips = lambda *pictures: given.append(pictures) or torch.tensor([0.5, 0.7])          # noqa: E731
+    monkeypatch.setattr(pat, "perceptual", lambda *_: lpips)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1).expand(2, 3, 64, 64)
-    out, model.config = {**model(images(), TEXT), "image": mean + 0.25}, net              # of `net` only the loss's numbers
+    out, model.config = {**model(images(), TEXT), "image": mean + 0.25}, net              # of `net` the loss's numbers
     batch = Batch(torch.zeros(2, 3, 64, 64), labels, [(0, 1), (0, 2)], model.totals(labels), 1)
     terms = model.terms(out, batch)
     vq, align, rec = (0.1, 0.1, 1.0) if name == "coco" else (net.w_vq, net.w_align, net.w_rec)
     weights = {"ce_1": 2, "mask_1": 5, "dice_1": 5, "ce_2": 2, "mask_2": 5, "dice_2": 5,
                "vq": vq, "crf": align, "tv": align, "l1": 0.1 * rec, "l2": 1.0 * rec, "lpips": 0.1 * rec}
     assert {term: terms[term][0] for term in weights} == pytest.approx(weights)
-    assert all(weight == 0 for term, (weight, _) in terms.items() if term not in weights)           # no more than logged
+    assert all(weight == 0 for term, (weight, _) in terms.items() if term not in weights)   # at most logged
     values = dict(l1=0.25, l2=0.0625, lpips=0.6)
     assert {term: terms[term][1].item() for term in values} == pytest.approx(values, rel=1e-5)
     (theirs, truth), = given                                                              # LPIPS takes -1..1
