@@ -36,7 +36,9 @@ def every_gradient(model, out):
 
 
 def test_the_shapes_of_the_header_at_the_worlds_size():
-    out = world()(images(), TEXT)
+    model = world()
+    out = model(images(), TEXT)
+    assert [len(model.codebook(stage)) for stage in STAGES] == [128, 64, 32, 256]
     assert out["image"].shape == (2, 3, 64, 64)
     assert [m.shape for m in out["masks"]] == [(2, 20, 32, 32)] * 2 and [c.shape for c in out["classes"]] == [(2, 20, 6)] * 2
     assert {s: tuple(t.index.shape) for s, t in out["tokens"].items()} == {
@@ -97,6 +99,15 @@ def test_codes_learn_from_the_quantiser_and_from_the_semantic_branch():
         loss = sum(t.loss for t in out["tokens"].values()) if of == "vq" else (out["masks"][1] * torch.randn(2, 20, 32, 32)).sum()
         loss.backward()
         assert all(model.pixels.vq[s].codebook.grad.abs().sum() > 0 for s in PYRAMID), of
+
+
+def test_the_unified_codebook_is_the_queries_and_trains_them():
+    """Straight through is no way to a code, so no output of the walk tells: L_VQ's gradient goes by `codebook`."""
+    model = randomised(world(unified=True))
+    for stage in STAGES:
+        codes = model.codebook(stage)
+        torch.testing.assert_close(codes, unit(model.side.query_embed[0] @ model.to_code.weight.T + model.to_code.bias))
+        assert torch.autograd.grad(codes[:, 0].sum(), model.side.query_embed)[0].any()
 
 
 def test_token_mixer_mixes_tokens_and_not_channels():
