@@ -343,14 +343,17 @@ def test_half_precision_ends_at_the_models_door():
     assert [m.dtype for m in (*out["masks"], out["image"])] == [torch.float32] * 3
 
 
-def test_numbers_that_change_no_weight_arrive_where_they_count():
-    """The kernels at every quantiser and every HSAttn, heads at both kinds of attention, all unlike their defaults."""
-    model = world(kernels="plain", hs_heads=4, decoder_heads=16)
+def test_numbers_arrive_where_they_count():
+    """The kernels at every quantiser and every HSAttn, heads at both kinds of attention, hidden widths; none as usual."""
+    model = world(kernels="plain", hs_heads=4, decoder_heads=16, spade_hidden=24, mixer_hidden=40)
     asked = [m.kernels for m in model.modules() if hasattr(m, "kernels")]
     assert asked == ["plain"] * (len(STAGES) + len(PYRAMID))
     assert all(part.hsattn.heads == part.attn.heads == 4 for part in model.semantic)
     blocks = [*model.decoder.spade.values(), *model.decoder.plain, *model.decoder.cross.values()]
     assert len(blocks) == 8 and all(block.attn.heads == 16 for block in blocks)
+    assert all(block.norm1.shared.out_channels == block.norm2.shared.out_channels == 24 for block in blocks[:3])
+    mixers = [m for m in model.modules() if isinstance(m, TokenMixer)]
+    assert [[layer.out_features for layer in m.mlp.layers[:2]] for m in mixers] == [[40, 40]] * 5
 
 
 # --- Table II ---
