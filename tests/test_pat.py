@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from PIL import Image
 from torch.func import functional_call
 
@@ -17,12 +18,12 @@ import train
 from cli import InputError
 from data import PADDING, rng_for, to_unit
 from hsattn import g
-from pat import PYRAMID, RESTART, STAGES, TokenMixer
+from pat import PAT, PYRAMID, RESTART, STAGES, PATConfig, TokenMixer
 from published.perceptual import load_lpips
-from runs import build, changed, load_run, preset
+from runs import build, changed, flat, load_run, preset
 from san import SAN, tokens, trainable
 from segmenter import Batch
-from tests.helpers import TEXT, images, micro_batches, tiny, world
+from tests.helpers import TEXT, images, micro_batches, randomised, tiny, world
 from train import gradients
 from vq import codebook_health, features_at
 from world.scenes import World
@@ -37,7 +38,9 @@ def every_gradient(model, out):
 
 
 def test_the_shapes_of_the_header_at_the_worlds_size():
-    out = world()(images(), TEXT)
+    model = world()
+    out = model(images(), TEXT)
+    assert [len(model.codebook(stage)) for stage in STAGES] == [128, 64, 32, 256]
     assert out["image"].shape == (2, 3, 64, 64)
     assert [m.shape for m in out["masks"]] == [(2, 20, 32, 32)] * 2 and [c.shape for c in out["classes"]] == [(2, 20, 6)] * 2
     assert {s: tuple(t.index.shape) for s, t in out["tokens"].items()} == {
@@ -81,6 +84,16 @@ def test_local_tokens_listen_to_the_image_and_the_stage_before_but_not_to_global
     assert not torch.equal(stage(codes, q, z, -before)[1], q_out)             # while q does listen to t
 
 
+@pytest.mark.parametrize("of", ["image", "masks"])
+def test_both_tasks_train_the_features_of_all_four_stages(of):
+    """Straight through the codes, so through the decoder's zq: the semantic branch has none of W_pre."""
+    model = world()
+    made = model(images(), TEXT)[of]
+    made = made[-1] if of == "masks" else made
+    (made * torch.randn_like(made)).sum().backward()
+    assert all(vq.pre.weight.grad.abs().sum() > 0 for vq in model.quantisers().values())
+
+
 def test_codes_learn_from_the_quantiser_and_from_the_semantic_branch():
     for of in ("vq", "masks"):
         model = world()
@@ -88,6 +101,15 @@ def test_codes_learn_from_the_quantiser_and_from_the_semantic_branch():
         loss = sum(t.loss.mean() for t in out["tokens"].values()) if of == "vq" else (out["masks"][1] * torch.randn(2, 20, 32, 32)).sum()
         loss.backward()
         assert all(model.pixels.vq[s].codebook.grad.abs().sum() > 0 for s in PYRAMID), of
+
+
+def test_the_unified_codebook_is_the_queries_and_trains_them():
+    """Straight through is no way to a code, so no output of the walk tells: L_VQ's gradient goes by `codebook`."""
+    model = randomised(world(unified=True))
+    for stage in STAGES:
+        codes = model.codebook(stage)
+        torch.testing.assert_close(codes, unit(model.side.query_embed[0] @ model.to_code.weight.T + model.to_code.bias))
+        assert torch.autograd.grad(codes[:, 0].sum(), model.side.query_embed)[0].any()
 
 
 def test_token_mixer_mixes_tokens_and_not_channels():
@@ -156,6 +178,130 @@ def test_the_walk_is_the_headers_lines(switches):
     assert all(torch.equal(getattr(found[s], part), getattr(expected[s], part)) for s in STAGES for part in ("zq", "index", "x"))
 
 
+# --- Eq. 2, from the design alone: no forward of a sub-module runs but the side ViT's blocks and DySample ---
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def rows(m):
+    """A map (B,S,h,w) as rows (B,h*w,S)."""
+    return m.flatten(2).transpose(1, 2)
+
+
+def conv(layer, x, **how):
+    """A convolution by its weights, with the strides that the design names."""
+    return F.conv2d(x, layer.weight, layer.bias, **how)
+
+
+def attended(layer, heads, q, k, v, kappa=None):
+    """Attn, one head after the other; with `kappa` HSAttn: q, k and what comes out on the sphere, v not."""
+    q, k, v = layer.q(q), layer.k(k), layer.v(v)
+    width, out = q.shape[-1] // heads, []
+    for i in range(heads):
+        q_i, k_i, v_i = (x[..., i * width:(i + 1) * width] for x in (q, k, v))
+        scores = q_i @ k_i.mT / width**0.5 if kappa is None else kappa * unit(q_i) @ unit(k_i).mT
+        moved = scores.exp() / scores.exp().sum(-1, keepdim=True) @ v_i                   # softmax over the features
+        out.append(moved if kappa is None else unit(moved))
+    return layer.out(torch.cat(out, -1))
+
+
+def mix(mixer, t):
+    """(B,N,S) -> (B,M,S): three linears along the token axis, GELU between them."""
+    first, second, third = mixer.mlp.layers
+    return third(F.gelu(second(F.gelu(first(t.mT))))).mT
+
+
+def assigned(u, vq, codes, vmf):
+    """The code of the largest cosine with the gradient of the unit feature; off the sphere all of it on raw vectors."""
+    x = rows(conv(vq.pre, u))                                                             # (B,h*w,D)
+    x, codes = (unit(x), unit(codes)) if vmf else (x, codes)
+    index = (x @ codes.T).argmax(-1)
+    zq = codes[index].detach() + x - x.detach()
+    return zq.mT.reshape(len(u), -1, *u.shape[2:]), index.reshape(len(u), *u.shape[2:])
+
+
+def eq2(model, image, f):
+    """Section 4 of the design, a line there a line here: {stage: (zq, index)}, q8 of image (B,3,H,W) and four f."""
+    c, side, found, t = model.config, model.side, {}, None
+    (h, w), scales = f[0].shape[2:], dict(zip(PYRAMID, c.scales))
+
+    def codes(stage):                                                                     # E, or one embedding for all
+        return F.linear(side.query_embed[0], model.to_code.weight, model.to_code.bias) if c.unified else \
+            (model.latent if stage == "latent" else model.pixels.vq[stage]).codebook
+
+    x, before = image, c.side.patch                                                       # the pixel branch
+    for stage, f_s in zip(PYRAMID, f[1:]):
+        s = scales[stage]
+        if c.residual and stage == "early":                                               # x = stem(image)
+            halving = [layer for layer in model.pixels.down["early"] if hasattr(layer, "weight")]
+            times = (c.side.patch // s).bit_length() - 1
+            assert len(halving) == max(times, 1)                                          # s = patch: nothing to halve
+            for i, layer in enumerate(halving):
+                x = conv(layer, F.gelu(x) if i else x, stride=2 if times else 1, padding=1)
+        elif c.residual:                                                                  # x = Down(x before)
+            x = conv(model.pixels.down[stage], x, stride=before // s, padding=1)
+        u, before = f_s, s                                                                # u = Up_s(f) + x
+        assert 2 ** len(model.pixels.up[stage]) == s
+        for dysample in model.pixels.up[stage]:
+            u = dysample(u)
+        u = u + x if c.residual else u
+        assert u.shape[2:] == (h * s, w * s)
+        found[stage] = assigned(u, model.pixels.vq[stage], codes(stage), c.vmf)           # zq = vMFVQ(E, W_pre u)
+
+    pos = side.pos_embed.mT.reshape(1, -1, c.side.grid, c.side.grid)                      # the side ViT, as SAN has it
+    pos = rows(F.interpolate(pos, (h, w), mode="bicubic"))
+    z = rows(conv(side.patch_embed, image, stride=c.side.patch)) + pos + rows(f[0])
+    q = (side.query_embed + side.query_pos_embed).expand(len(image), -1, -1)
+    for i, block in enumerate(side.blocks):
+        if i > 0:
+            q, z = q + side.query_pos_embed, z + pos
+        q, z = block(torch.cat([q, z], 1)).split([c.side.queries, h * w], 1)
+        if i < 3:                                                                         # the semantic branch
+            stage, layers = PYRAMID[i], model.semantic[i]
+            z = z + rows(f[i + 1])                                                        # z = z + f
+            if c.mixer:
+                E = unit(codes(stage)) if c.vmf else codes(stage)
+                start = q if c.unified else layers.tok(E)                                 # t = W_tok g(E) [+ Mix(t')]
+                t = start if i == 0 else start + mix(layers.mix_before, t)
+                t = layers.norm_t(t + attended(layers.hsattn, c.hs_heads, t, z, z, c.kappa if c.vmf else None))
+            e_global = mix(layers.mix, t) if c.mixer else 0                               # q = LN(q + Attn(q + Mix(t)..
+            q = layers.norm_q(q + attended(layers.attn, c.hs_heads, q + e_global, z, z))
+    z8 = z.mT.reshape(len(image), -1, h, w)
+    found["latent"] = assigned(z8, model.latent, codes("latent"), c.vmf)
+    return found, q
+
+
+@pytest.mark.parametrize("switches", [
+    {}, dict(vmf=False), dict(scales=(4, 4, 4)), dict(scales=(1, 1, 1)), dict(scales=(2, 2, 1)), dict(scales=(8, 4, 2)),
+    dict(mixer=False), dict(residual=False), dict(unified=True), dict(unified=True, vmf=False), dict(depth=3)], ids=str)
+def test_the_walk_is_eq_2_to_the_last_digits_and_so_is_its_gradient(switches):
+    """On an oblong batch, with five blocks, a kappa of its own and no number as it starts, in float64.
+
+    The pixel branch on its own, the detached tokenizer, gives the same three.
+    """
+    model = randomised(build(tiny(**{"depth": 5, "kappa": 7.0, **switches}).run)).double()
+    image, f = images(2, 48, 80).double(), [torch.randn(2, 48, 6, 10).double().requires_grad_() for _ in range(4)]
+    found, q = model.walk(image, f)
+    expected, expected_q = eq2(model, image, f)
+    assert list(found) == ["early", "mid", "late", "latent"]
+    assert all(torch.equal(found[s].index, index) for s, (_, index) in expected.items())
+    alone = model.pixels(image, f[1:], model.given())
+    assert all(torch.equal(alone[s].zq, found[s].zq) and torch.equal(alone[s].index, found[s].index) for s in PYRAMID)
+    outputs = [[*(found[s].zq for s in found), q], [*(zq for zq, _ in expected.values()), expected_q]]
+    near = dict(rtol=1e-11, atol=1e-12)
+    for ours, theirs in zip(*outputs):
+        torch.testing.assert_close(ours, theirs, **near)
+    upstream = [torch.randn_like(x) for x in outputs[0]]
+    inputs = {**{n: p for n, p in model.named_parameters() if p.requires_grad}, **{f"f{i}": x for i, x in enumerate(f)}}
+    gradients_of = (torch.autograd.grad(x, list(inputs.values()), upstream, allow_unused=True) for x in outputs)
+    for name, a, b in zip(inputs, *gradients_of):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda told: f"{name}: {told}")
+
+
 def test_the_walk_interleaves_the_branches(monkeypatch):
     """Per stage: the codes the image chose, a side block, the semantic stage on those codes; then the other blocks, latent."""
     model, said = world(depth=5), []
@@ -192,7 +338,37 @@ def test_masks_are_named_as_sans_are_and_both_tasks_read_the_same_codes(monkeypa
         assert torch.equal(masks, m) and torch.equal(model.classify(pyramid, bias, TEXT), c)
 
 
+def test_half_precision_ends_at_the_models_door():
+    """Under autocast masks and image leave as the picture came: losses and scores are fp32."""
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = world()(images(), TEXT)
+    assert [m.dtype for m in (*out["masks"], out["image"])] == [torch.float32] * 3
+
+
+def test_numbers_arrive_where_they_count():
+    """The kernels at every quantiser and every HSAttn, heads at both kinds of attention, hidden widths; none as usual."""
+    model = world(kernels="plain", hs_heads=4, decoder_heads=16, spade_hidden=24, mixer_hidden=40)
+    asked = [m.kernels for m in model.modules() if hasattr(m, "kernels")]
+    assert asked == ["plain"] * (len(STAGES) + len(PYRAMID))
+    assert all(part.hsattn.heads == part.attn.heads == 4 for part in model.semantic)
+    blocks = [*model.decoder.spade.values(), *model.decoder.plain, *model.decoder.cross.values()]
+    assert len(blocks) == 8 and all(block.attn.heads == 16 for block in blocks)
+    assert all(block.norm1.shared.out_channels == block.norm2.shared.out_channels == 24 for block in blocks[:3])
+    mixers = [m for m in model.modules() if isinstance(m, TokenMixer)]
+    assert [[layer.out_features for layer in m.mlp.layers[:2]] for m in mixers] == [[40, 40]] * 5
+
+
 # --- Table II ---
+
+
+def test_every_row_of_table_ii_switches_what_the_design_says():
+    """Section 10, literally: that number and no other."""
+    table = {"no-vmf": dict(vmf=False), "scales-4-4-4": dict(scales=(4, 4, 4)), "scales-1-1-1": dict(scales=(1, 1, 1)),
+             "no-align": dict(align="none"), "no-mixer": dict(mixer=False), "no-residual": dict(residual=False),
+             "unified": dict(unified=True), "separate-decoders": dict(separate_decoders=True),
+             "one-stage-removed": dict(decoder_stages=("mid", "late")),
+             "two-stages-removed": dict(decoder_stages=("late",)), "three-stages-removed": dict(decoder_stages=())}
+    assert {row: PAT.ABLATIONS[row] for row in table} == table
 
 
 @pytest.mark.parametrize("changes, claim", [
@@ -233,6 +409,19 @@ def test_without_residual_the_codes_do_not_see_pixels_that_clip_does_not():
         assert torch.equal(a, b) == same
 
 
+@pytest.mark.parametrize("net", [PATConfig(), preset("coco").net], ids=["defaults", "coco"])
+def test_every_number_of_the_papers_configuration(net):
+    """Sections 2 to 10 of the design, number by number; all switches of Table II are off."""
+    stated = dict(codes=(128, 64, 32, 256), code_dim=32, scales=(4, 2, 1), kappa=30.0, hs_heads=8, mixer_hidden=256,
+                  decoder_width=256, decoder_heads=8, spade_hidden=128,
+                  width=240, depth=8, heads=6, patch=16, grid=40, queries=100,
+                  vlm="ViT-B-16", pretrained="openai", clip_scale=0.5, depths=(), short_side=640, long_side=2560,
+                  w_vq=0.1, w_align=0.1, w_rec=1.0, points=12544, crf_samples=1000, align="scale-free",
+                  align_latent=False, perceptual=True, restart_after=25_000, vmf=True, mixer=True, residual=True, unified=False, separate_decoders=False,
+                  decoder_stages=("early", "mid", "late"))
+    assert {name: flat(net)[name] for name in stated} == stated
+
+
 def test_the_reference_sizes_are_the_papers():
     """"23M" in the paper; the exact counts are ours and pinned."""
     assert trainable(build(preset("coco", pretrained="none"))) == 23_335_361
@@ -258,11 +447,15 @@ def test_any_multiple_of_the_patch_works_and_batch_does_not_matter():
 @pytest.mark.parametrize("changes, says", [
     (dict(scales=(4, 3, 1)), "factor of 3: scales must be powers of two"),
     (dict(scales=(1, 2, 4)), "^scales 1 2 4: each is the one before it, or half of it"),
+    (dict(scales=(4, 1, 1)), "^scales 4 1 1: each is the one before it, or half of it"),
+    (dict(scales=(4, 2, 0)), "^scales 4 2 0: takes 3 positive"),
+    (dict(codes=(8, 8, 8, 0)), "^codes 8 8 8 0: takes 4 positive"),
     (dict(scales=(4, 2)), "^scales 4 2: takes 3"), (dict(scales=(16, 8, 4)), "the stem is a factor"),
     (dict(scales=(16, 16, 16), residual=False), "the pixel head"), (dict(codes=(8, 8, 8)), "^codes 8 8 8: takes 4"),
     (dict(depths=(0, 2, 4)), "^depths 0 2 4: takes 4"), (dict(depth=2), "^depth 2: each of early, mid, late"),
     (dict(decoder_stages=("top",)), "^decoder_stages top: there are early, mid, late"), (dict(model="pot"), "pot"),
-    (dict(heads=5), "^heads 5 does not divide"), (dict(hs_heads=7), "^hs_heads 7 does not divide"),
+    (dict(decoder_stages=("latent",)), "^decoder_stages latent: there are early, mid, late"),
+    (dict(heads=5), "^heads 5 does not divide"), (dict(hs_heads=7), "^hs_heads 7 does not divide the width 96"),
     (dict(decoder_heads=3), "^decoder_heads 3 does not divide the width 64"),
     (dict(align="tight"), "^align tight: there are scale-free, literal, none"),
     (dict(kernels="torch"), "^kernels torch: there are plain, auto, triton"),
@@ -272,6 +465,12 @@ def test_numbers_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(InputError, match=says) as error:
         world(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_a_pat_wants_one_map_of_clip_a_stage():
+    """Built past `check`, as somebody who adds a stage would find out."""
+    with pytest.raises(InputError, match="^depths: CLIP gives 3 maps; give 4 numbers"):
+        PAT(changed(tiny().run, depths=(0, 2, 4)).net)
 
 
 # --- the loss ---
@@ -324,6 +523,31 @@ def test_alignment_on_the_latent_is_a_switch():
                              [(0, 1, 6), (0, 2, 6)], "scale-free", 32)
     for name, (_, value) in without.items():
         torch.testing.assert_close(with_it[name][1], value + added.get(name, 0), msg=name)
+
+
+@pytest.mark.parametrize("name", ["coco", "world"])
+@torch.no_grad()
+def test_the_terms_of_a_preset_in_numbers(name, monkeypatch):
+    """A batch of zeros is a picture of CLIP's mean colour: what is .25 brighter is .25 off in L1 and .0625 in L2."""
+    model, labels, given, net = world(), torch.randint(0, 5, (2, 64, 64)), [], preset(name).net
+    lpips = lambda *pictures: given.append(pictures) or torch.tensor([0.5, 0.7])          # noqa: E731
+    monkeypatch.setattr(pat, "perceptual", lambda *_: lpips)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1).expand(2, 3, 64, 64)
+    out, model.config = {**model(images(), TEXT), "image": mean + 0.25}, net              # of `net` the loss's numbers
+    batch = Batch(torch.zeros(2, 3, 64, 64), labels, torch.ones_like(labels).bool(), [(0, 1), (0, 2)], model.totals(labels), 1)
+    terms = model.terms(out, batch)
+    vq, align, rec = (0.1, 0.1, 1.0) if name == "coco" else (5.0, 6.0, 60.0)
+    weights = {"ce_1": 2, "mask_1": 5, "dice_1": 5, "ce_2": 2, "mask_2": 5, "dice_2": 5,
+               "vq": vq, "crf": align, "tv": align, "l1": 0.1 * rec, "l2": 1.0 * rec}
+    weights |= {"lpips": 0.1} if name == "coco" else {}       # the world does without
+    assert {term: terms[term][0] for term in weights} == pytest.approx(weights)
+    assert all(weight == 0 for term, (weight, _) in terms.items() if term not in weights)   # at most logged
+    values = dict(l1=0.25, l2=0.0625, **({"lpips": 0.6} if name == "coco" else {}))
+    assert {term: terms[term][1].item() for term in values} == pytest.approx(values, rel=1e-5)
+    for theirs, truth in given:                                                           # LPIPS takes -1..1
+        torch.testing.assert_close(truth, 2 * mean - 1)
+        torch.testing.assert_close(theirs, 2 * mean - 0.5)
+    assert len(given) == (name == "coco")
 
 
 def test_alignment_none_drops_both_its_terms_and_literal_is_passed_on():
