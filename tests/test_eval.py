@@ -68,6 +68,12 @@ def test_groups_and_foreground_accuracy_by_hand():
     assert s["foreground_accuracy"] == pytest.approx((4 + 2 + 2 + 9) / 20)
 
 
+def test_a_group_counts_its_names_with_ground_truth_only():
+    """Name 2 never occurs but was said once: the group of 1 and 2 has the IoU of name 1, one of 2 alone has none."""
+    s = E.scores(MATRIX, {"seen": (1, 2), "unseen": (2,)})
+    assert s["mIoU_seen"] == pytest.approx(2 / 6) and s["mIoU_unseen"] is None
+
+
 def test_confusion_counts_pairs_and_sets_ignored_pixels_aside():
     prediction, label = torch.tensor([[0, 1, 1], [-1, 0, -1]]), torch.tensor([[0, 0, -1], [1, -1, -1]])
     assert E.confusion(prediction, label, 2).tolist() == [[1, 0, 1],       # said 0: once right, once where nobody knows
@@ -124,6 +130,14 @@ def test_psnr_of_a_known_error():
 def test_l1_of_a_known_error_and_lpips_never_invented():
     row = E.reconstruction_scores(torch.full((3, 16, 16), 0.75), torch.full((3, 16, 16), 0.5))
     assert row["L1"] == 0.25 and row["LPIPS"] is None
+
+
+def test_lpips_is_told_that_values_run_from_0_to_1():
+    """Its network wants -1..1, and turns them itself when it is told."""
+    asked = {}
+    row = E.reconstruction_scores(torch.zeros(3, 16, 16), torch.ones(3, 16, 16),
+                                  lambda a, b, **how: asked.update(how, shape=a.shape) or torch.tensor(0.25))
+    assert row["LPIPS"] == 0.25 and asked == {"normalize": True, "shape": (1, 3, 16, 16)}
 
 
 def test_ssim_equals_an_independent_implementation():

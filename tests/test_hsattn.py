@@ -122,6 +122,15 @@ def test_every_head_lives_on_the_sphere(kernels):
     torch.testing.assert_close(t.norm(dim=-1), torch.full((2, 5), 2.0))
 
 
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+def test_each_head_is_equation_1_of_its_own_part_at_the_models_kappa(kernels):
+    """Two heads of 4 numbers each, kappa 3: a head's share of q, k and v, sliced here by hand, through the formula."""
+    module, q, k, v = HSAttn(8, 2, kappa=3.0, kernels=kernels), *(torch.randn(2, n, 8) for n in (5, 9, 9))
+    q_, k_, v_ = module.q(q), module.k(k), module.v(v)
+    heads = [hypersphere_attention(q_[..., part], k_[..., part], v_[..., part], 3.0) for part in (slice(4), slice(4, 8))]
+    torch.testing.assert_close(module(q, k, v), module.out(torch.cat(heads, -1)))
+
+
 def test_plain_attention_is_torchs():
     ours, theirs = Attn(24, 4), torch.nn.MultiheadAttention(24, 4, batch_first=True)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """What runs.py promises: configs of parts, checkpoints that join only what belongs together."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,32 @@ def test_a_checkpoint_holds_what_training_changes_and_not_the_frozen_clip(run):
     names = set(trained_state(run[1]))
     assert "vlm.model.visual.positional_embedding" in names and "latent.idle" in names
     assert not any("resblocks" in name for name in names)
+
+
+def test_a_checkpoint_that_is_not_written_to_its_end_leaves_the_last_one(run, monkeypatch):
+    """The disk is full after half of it: the run still has the checkpoint it had, bit for bit."""
+    path, model = run[0] / "checkpoint.safetensors", run[1]
+    before = path.read_bytes()
+
+    def half(tensors, where, metadata):
+        Path(where).write_bytes(before[:100])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(runs, "save_file", half)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(path, model, [], 8)
+    assert path.read_bytes() == before
+
+
+def test_a_run_is_loaded_ready_to_answer(run):
+    """In eval mode, with the kernels of this machine however it was trained, whatever was drawn before."""
+    path, model = run
+    stored = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**stored, "kernels": "plain"}))
+    torch.manual_seed(99)
+    loaded, config = load_run(path)
+    assert not any(module.training for module in loaded.modules()) and config.net.kernels == "auto"
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
 
 
 def test_other_clip_weights_have_another_fingerprint():
