@@ -29,6 +29,12 @@ def test_two_features_by_hand():
     assert near[1] / near[0] == pytest.approx(math.exp(-2.0), rel=1e-5)
 
 
+def test_values_keep_their_lengths():
+    """q halfway between two orthogonal features, of values (2, 0) and (0, 1): their mean is (1, 1/2), at unit length."""
+    out = hypersphere_attention(torch.ones(1, 1, 2), torch.eye(2)[None], torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), 10.0)
+    torch.testing.assert_close(out, torch.tensor([[[2.0, 1.0]]]) / 5**0.5)
+
+
 def test_the_softmax_runs_over_the_features():
     """Doubling a feature pulls the token towards it; doubling a token changes no other token."""
     q, k = torch.randn(1, 2, 4), torch.randn(1, 3, 4)

@@ -38,15 +38,16 @@ def lists():
     return {name: importlib.import_module(f"{mutations.__name__}.{name}").MUTATIONS for name in names}
 
 
-def tests_of(mutation):
+def given(mutation):
     """What pytest is given: `tests`, or the file that mirrors the bug's."""
     file = Path(mutation.file)
     return mutation.tests or str(Path("tests") / file.parent / f"test_{file.name}")
 
 
 def files_of(root):
-    """Paths of the working tree, relative: what git tracks or would; without git, what is neither hidden nor a cache."""
-    done = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard", "."], cwd=root, capture_output=True, text=True)
+    """The working tree, relative: what git tracks or would; where there is no git, what is not hidden and no cache."""
+    listing = ["git", "ls-files", "-coz", "--exclude-standard"]
+    done = subprocess.run(listing, cwd=root, capture_output=True, text=True)
     if done.returncode == 0:
         return [name for name in done.stdout.split("\0") if (root / name).is_file()]
     found = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
@@ -63,7 +64,7 @@ def copied(root, to):
 def failing(tree, tests, limit):
     """(the first test that fails, None where all pass, "hangs" past `limit` seconds; seconds) of a tree."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}          # no bug is read from a cache
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests.split()]
+    command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", "-p", "no:randomly", *tests.split()]
     start = time.monotonic()
     with subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           start_new_session=True) as process:
@@ -85,7 +86,7 @@ def mutated(tree, mutation, limit):
         raise ValueError(f"{mutation.file}: {mutation.what}: its `old` occurs {text.count(mutation.old)} times")
     path.write_text(text.replace(mutation.old, mutation.new))
     try:
-        return failing(tree, tests_of(mutation), limit)
+        return failing(tree, given(mutation), limit)
     finally:
         path.write_text(text)
 
@@ -111,23 +112,28 @@ def each(jobs, work, trees, title):
 
 def run(root, chosen, processes=1, short=False):
     """Prints a line each and the summary -> the share caught of those that a test must notice."""
-    fates, notes = {}, dict(caught="caught", survived="SURVIVED", excused="survives", broken="tests fail already")
+    fates = {}
+
+    def tell(m, fate, name, seconds):
+        fates[m] = fate
+        tqdm.write(f"{fate:9} {seconds:4.0f} s  {m.file}: {m.what}" + f"  <- {name}" * bool(name))
+
     with tempfile.TemporaryDirectory() as folder:
         trees = [copied(root, Path(folder) / str(k)) for k in range(processes)]
-        alone = {tests: (None, 54.0) for tests in map(tests_of, chosen)}                  # in short: ten minutes each
+        alone = {tests: (None, 54) for tests in map(given, chosen)}                    # in short: ten minutes each
         if not short:
             alone = dict(each(alone, lambda tree, tests: failing(tree, tests, 3600), trees, "without a bug"))
-        sound = [m for m in chosen if alone[tests_of(m)][0] is None]
-        results = [(m, alone[tests_of(m)]) for m in chosen if m not in sound]
-        for m, (name, seconds) in (*results, *each(
-                sound, lambda tree, m: mutated(tree, m, 10 * alone[tests_of(m)][1] + 60), trees, "with a bug")):
-            fates[m] = ("broken" if m not in sound else "caught" if name else "excused" if m.survives else "survived")
-            why = name or m.survives
-            tqdm.write(f"{notes[fates[m]]:9} {seconds:4.0f} s  {m.file}: {m.what}" + f"  <- {why}" * bool(why))
-    for file in sorted({m.file for m in chosen}) + ["total"]:
+        for m in chosen:
+            if alone[given(m)][0]:
+                tell(m, "tests fail already", *alone[given(m)])
+        sound = [m for m in chosen if m not in fates]
+        for m, (name, seconds) in each(sound, lambda tree, m: mutated(tree, m, 10 * alone[given(m)][1] + 60), trees,
+                                       "with a bug"):
+            tell(m, "caught" if name else "survives" if m.survives else "SURVIVED", name or m.survives, seconds)
+    for file in (*sorted({m.file for m in chosen}), "total"):
         counts = Counter(fate for m, fate in fates.items() if file in (m.file, "total"))
-        print(f"{file:24}" + ", ".join(f"{counts[fate]} {word}" for fate, word in notes.items() if counts[fate]))
-    asked = [fate for fate in fates.values() if fate != "excused"]
+        print(f"{file:20}", ", ".join(f"{n} {fate}" for fate, n in sorted(counts.items(), reverse=True)))
+    asked = [fate for fate in fates.values() if fate != "survives"]
     return asked.count("caught") / max(1, len(asked))
 
 

@@ -50,9 +50,9 @@ MUTATIONS = [
     Mutation("san.py", "weights of the losses in another order", "(CE, BCE, DICE)):", "(BCE, CE, DICE)):"),
     # --- segmenter.py; `-k` where the whole file takes two minutes ---
     Mutation("segmenter.py", "counts of other processes are left out", "dist.all_reduce(total)", "pass",
-             tests="tests/test_segmenter.py -k sum"),
+             tests="tests/test_segmenter.py -k a_sum"),
     Mutation("segmenter.py", "a sum over processes changes what it sums", "detach().to(device, copy=True)",
-             "detach().to(device)", tests="tests/test_segmenter.py -k sum"),
+             "detach().to(device)", tests="tests/test_segmenter.py -k a_sum"),
     Mutation("segmenter.py", "maps are weights as they are", "gate: Callable = torch.sigmoid",
              "gate: Callable = identity", tests="tests/test_segmenter.py -k by_hand"),
     Mutation("segmenter.py", "what scores below zero has no name", 'floor: float = float("-inf")',
