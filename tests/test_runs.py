@@ -260,6 +260,14 @@ def test_over_another_clip_its_position_embedding_stays(published, tmp_path):
     assert torch.equal(model.vlm.positions, own) and torch.equal(model.side.query_embed, theirs.side.query_embed)
 
 
+def test_as_many_numbers_in_another_shape_are_not_taken(run, monkeypatch):
+    """(64,1) is not (1,64)."""
+    own = {"background": torch.zeros(64, 1), "side.query_embed": torch.zeros(1, 20, 96)}
+    monkeypatch.setattr(runs, "trained_state", lambda model: own)
+    assert warm_start(*run[::-1]).endswith("of another shape or another CLIP: background")
+    assert not own["background"].any() and own["side.query_embed"].any()
+
+
 def test_a_warm_start_names_what_it_cannot_start_from(published, run, tmp_path, monkeypatch):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
