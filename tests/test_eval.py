@@ -68,6 +68,13 @@ def test_groups_and_foreground_accuracy_by_hand():
     assert s["foreground_accuracy"] == pytest.approx((4 + 2 + 2 + 9) / 20)
 
 
+def test_one_stuff_for_another_keeps_the_foreground_right():
+    """Name 0 is an object, 1 and 2 are stuff: of eight pixels two stuff ones change their name, one becomes the object."""
+    matrix = torch.tensor([[3, 1, 0, 0], [0, 2, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    s = E.scores(matrix, {"stuff": (1, 2)})
+    assert s["foreground_accuracy"] == pytest.approx(7 / 8) and s["pixel_accuracy"] == pytest.approx(5 / 8)
+
+
 def test_a_group_counts_its_names_with_ground_truth_only():
     """Name 2 never occurs but was said once: the group of 1 and 2 has the IoU of name 1, one of 2 alone has none."""
     s = E.scores(MATRIX, {"seen": (1, 2), "unseen": (2,)})
