@@ -43,6 +43,17 @@ def test_block_by_block_is_encode_image(vlm):
                                rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_maps_are_the_patches_after_0_2_3_and_4_blocks_row_by_row(vlm):
+    """An oblong image of 6x9 patches; the cls token, which stands first, is in no map."""
+    pyramid, (x, grid) = vlm.features(image := torch.randn(2, 3, 48, 72)), vlm.embed(image)
+    assert pyramid.grid == grid == (6, 9)
+    for found, blocks in zip(pyramid.maps, (vlm.blocks[:0], vlm.blocks[:2], vlm.blocks[2:3], vlm.blocks[3:4])):
+        x = vlm.run(blocks, x, grid)
+        assert torch.equal(found[:, :, 4, 7], x[:, 1 + 4 * 9 + 7]) and torch.equal(found[:, :, 0, 0], x[:, 1])
+    assert torch.equal(pyramid.tokens, x)
+
+
 # ---- the four real models, random weights ----
 @pytest.fixture(scope="module", params=[("ViT-B-16", 12), ("EVA02-B-16", 12), ("ViT-L-14-336", 2), ("EVA02-L-14-336", 2)],
                 ids=lambda param: param[0])
