@@ -15,6 +15,7 @@ import eval as E
 from cli import InputError
 from eval import Pass, evaluate
 from tests.helpers import FakeModel, Noisy, TwoHalves, fake_runs
+from vq import Tokens
 
 QUIET = Pass(progress=False)
 
@@ -184,6 +185,15 @@ def test_a_model_that_knows_everything_scores_one():
     early = row["codebooks"]["early"]
     assert early["share_used"] == 36 / 64                     # 6x6 tokens in the second picture, the first has fewer
     assert early["bf16"] == 1
+
+
+def test_a_token_that_shows_nothing_but_padding_is_not_counted():
+    """8x20 pixels padded to 8x32, four tokens: the third shows 4 pixels, the fourth none."""
+    model, index = FakeModel(), torch.tensor([[[5, 9, 5, 30]]])
+    code = model.codebook("early")[index].permute(0, 3, 1, 2)
+    counts = E.count_tokens(dict(tokens={"early": Tokens(code, index, code, None, None)}, crop=(8, 20), padded=(8, 32)),
+                            model)["early"]
+    assert {k: n for k, n in enumerate(counts[:-1].tolist()) if n} == {5: 2, 9: 1} and counts[-1] == 3
 
 
 def test_names_may_be_swapped_and_images_limited():

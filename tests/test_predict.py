@@ -292,6 +292,25 @@ def test_a_photo_is_shown_to_the_model_at_the_size_it_was_trained_for(monkeypatc
     assert seen == [((3, 32, 50), (64, 100)), ((3, 20, 128), (16, 100))]
 
 
+class LeftAndRight:
+    """Two maps over the padded input: name 0 on its left half, name 1 on its right half."""
+
+    stride = 16
+
+    def __call__(self, image, text):
+        return dict(maps=torch.eye(2).view(2, 1, 2))
+
+    def answer(self, out, b):
+        return Answer(out["maps"], gate=identity)
+
+
+def test_maps_cover_the_padded_input_and_not_the_picture():
+    """12 pixels wide, padded to 16: the halves meet at pixel 8, and at 16 in the picture of twice the size."""
+    model, image, text = LeftAndRight(), torch.zeros(3, 16, 12), torch.zeros(2, 4)
+    assert segment(model, image, text, (16, 12))[0].tolist() == [[0] * 8 + [1] * 4] * 16
+    assert segment(model, image, text, (32, 24))[0].tolist() == [[0] * 16 + [1] * 8] * 32
+
+
 def test_what_lies_under_the_padding_reaches_no_pixel():
     """A 16x16 picture padded to 16x24: the third column of maps is under the padding alone; whatever it says, the same."""
     maps = torch.randn(3, 2, 3)
