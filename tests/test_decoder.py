@@ -165,7 +165,7 @@ def test_the_decoders_blocks_by_hand():
     assert torch.equal(cross(q, y), cross.norm2(after + cross.mlp(after)))
 
 
-# --- Eq. 3 once more, from the weights alone: none of the modules' own forwards -----------------------------------------
+# --- Eq. 3 once more, from the weights alone: none of the modules' own forwards ---------------------------------------
 
 
 def linear(x, layer):
@@ -179,7 +179,7 @@ def normal(x, layer=None):
 
 
 def twice(x, up):
-    """(B,h,w,c) -> (B,2h,2w,c): a new pixel reads the old map where a bilinear x2 would, moved by a quarter of its offset.
+    """(B,h,w,c) -> (B,2h,2w,c): a new pixel reads the old map where a bilinear x2 would, plus a quarter of its offset.
 
     Channels of the offset: group by group, x and y, and in each of these the 2x2 new pixels of an old one, row by row.
     """
@@ -232,10 +232,10 @@ def pooled(y, finer):
 
 def block_on(y, finer, m, c=None):
     """Pre-norm; a map looks at itself on the side grid."""
-    norms = [(lambda x, n=n: spade(x, c, n)) if c is not None else (lambda x, n=n: normal(x, n)) for n in (m.norm1, m.norm2)]
-    x = norms[0](y)
+    norm = normal if c is None else lambda x, layer: spade(x, c, layer)
+    x = norm(y, m.norm1)
     y = y + read(x.flatten(1, 2), pooled(x, finer).flatten(1, 2), m.attn).view_as(y)
-    return y + two_layers(norms[1](y), m.mlp)
+    return y + two_layers(norm(y, m.norm2), m.mlp)
 
 
 def three_layers(x, m):
@@ -246,7 +246,8 @@ def three_layers(x, m):
 
 def equation_3(decoder, zq, q, scales, training):
     """The header, line by line -> masks, biases, the y that is repainted.  scales: of late, mid, early."""
-    y, q, before, seen = linear(zq["latent"].permute(0, 2, 3, 1), decoder.lift["latent"]), linear(q, decoder.query), 1, []
+    y, before, seen = linear(zq["latent"].permute(0, 2, 3, 1), decoder.lift["latent"]), 1, []
+    q = linear(q, decoder.query)
     for stage, finer in zip(("late", "mid", "early"), scales):
         for k in range({1: 0, 2: 1, 4: 2}[finer // before]):
             y = twice(y, decoder.up[stage][k])

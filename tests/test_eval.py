@@ -70,7 +70,7 @@ def test_groups_and_foreground_accuracy_by_hand():
 
 
 def test_one_stuff_for_another_keeps_the_foreground_right():
-    """Name 0 is an object, 1 and 2 are stuff: of eight pixels two stuff ones change their name, one becomes the object."""
+    """Name 0 is an object, 1 and 2 are stuff: of eight pixels two of stuff change their name, one becomes 0."""
     matrix = torch.tensor([[3, 1, 0, 0], [0, 2, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
     s = E.scores(matrix, {"stuff": (1, 2)})
     assert s["foreground_accuracy"] == pytest.approx(7 / 8) and s["pixel_accuracy"] == pytest.approx(5 / 8)

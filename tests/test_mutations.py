@@ -56,7 +56,8 @@ def tree(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "sums.py").write_text("def add(a, b):\n    return a + b\n\n\ndef mul(a, b):\n    return a * b\n")
     (tmp_path / "tests/test_sums.py").write_text("from sums import add, mul\n\n\ndef test_two_and_three_are_five():\n"
-                                                 "    assert add(2, 3) == 5\n\n\ndef test_mul():\n    assert mul(2, 2) == 4\n")
+                                                 "    assert add(2, 3) == 5\n\n\ndef test_mul():\n"
+                                                 "    assert mul(2, 2) == 4\n")
     (tmp_path / "tests/test_broken.py").write_text("def test_never():\n    assert False\n")
     (tmp_path / "tests/test_slow.py").write_text("def test_slow():\n    while True:\n        pass\n")
     (tmp_path / ".hidden").write_text("")

@@ -139,7 +139,7 @@ def test_every_preset_names_numbers_that_exist_and_passes_its_own_check(model):
 
 
 def test_a_sum_over_processes_leaves_what_it_sums_alone(monkeypatch):
-    """Three processes that all hold (1, 2): the sum is (3, 6) and this one's own numbers are still (1, 2).  Alone: itself."""
+    """Three processes that all hold (1, 2): the sum is (3, 6), its own numbers are still (1, 2).  Alone: itself."""
     value = torch.tensor([1.0, 2.0])
     assert segmenter.summed(value) is value
     fake = dict(is_initialized=lambda: True, get_world_size=lambda: 3, get_backend=lambda: "gloo",
