@@ -1,5 +1,6 @@
 """Our block-by-block path computes what open_clip computes, and the recognition mask is right entry by entry."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,17 @@ def test_block_by_block_is_encode_image(vlm):
     image = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ordinary(vlm, vlm.features(image)), vlm.model.encode_image(image, normalize=True),
                                rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_maps_are_the_patches_after_0_2_3_and_4_blocks_row_by_row(vlm):
+    """An oblong image of 6x9 patches; the cls token, which stands first, is in no map."""
+    pyramid, (x, grid) = vlm.features(image := torch.randn(2, 3, 48, 72)), vlm.embed(image)
+    assert pyramid.grid == grid == (6, 9)
+    for found, blocks in zip(pyramid.maps, (vlm.blocks[:0], vlm.blocks[:2], vlm.blocks[2:3], vlm.blocks[3:4])):
+        x = vlm.run(blocks, x, grid)
+        assert torch.equal(found[:, :, 4, 7], x[:, 1 + 4 * 9 + 7]) and torch.equal(found[:, :, 0, 0], x[:, 1])
+    assert torch.equal(pyramid.tokens, x)
 
 
 # ---- the four real models, random weights ----
@@ -212,6 +224,34 @@ def test_resizing_keeps_the_cls_position_and_constant_grids(vlm):
     torch.testing.assert_close(new, torch.cat([positions[:1], torch.full((45, 6), 3.0)]))
 
 
+def cubic(old, new):
+    """(new,old) weights of Keys' cubic with a = -3/4, as torch has it; the border is repeated."""
+    a, weights = -0.75, torch.zeros(new, old)
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            x = abs(centre - j)
+            near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[i, min(max(j, 0), old - 1)] += near if x <= 1 else far
+    return weights
+
+
+def test_positions_are_resized_bicubically_rows_by_rows():
+    """4x4 onto 3 high and 6 wide, with the cubic's weights worked out here."""
+    positions = torch.randn(17, 2)
+    new = resize_positions(positions, 4, (3, 6))
+    grid = torch.einsum("ih,jw,hwc->ijc", cubic(4, 3), cubic(4, 6), positions[1:].view(4, 4, 2))
+    torch.testing.assert_close(new, torch.cat([positions[:1], grid.flatten(0, 1)]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_half_the_image_is_the_mean_of_2x2_pixels():
+    """What CLIP sees at scale 1/2; its own way of seeing then changes nothing."""
+    image, half, whole = torch.randn(1, 3, 128, 96), *(load_vlm("world", "none", scale=s) for s in (0.5, 1.0))
+    whole.load_state_dict(half.state_dict())
+    assert apart(half.features(image).tokens, whole.features(F.avg_pool2d(image, 2)).tokens) < 1e-4
+
+
 def test_the_recognition_mask_entry_by_entry():
     """Grid 1x2, two copies, one head; the bias on a 2x4 grid is max-pooled to (3, 4) and (7, 8)."""
     bias = torch.tensor([[[[0.0, 1, 2, 3], [3, 0, 4, 0]], [[7.0, 0, 8, 0], [0, 0, 0, 0]]]])[None].view(1, 1, 2, 2, 4)
@@ -270,6 +310,18 @@ def test_text_is_the_renormalised_mean_over_templates(vlm):
     tokens = vlm.tokenizer([template.format("red star") for template in TEMPLATES])
     mean = F.normalize(F.normalize(vlm.model.encode_text(tokens), dim=-1).mean(0), dim=0)
     torch.testing.assert_close(vlm.embed_text(["grass", "red star"])[1], mean)
+
+
+def test_other_names_have_other_embeddings_whatever_was_asked_before(vlm):
+    """Rows of unit length in the order of the names; what was kept for as many others is not taken."""
+    one, two = vlm.embed_text(["grass", "red star"]), vlm.embed_text(["red star", "grass"])
+    assert torch.equal(one, two.flip(0)) and not torch.equal(one, vlm.embed_text(["grass", "sand"]))
+    torch.testing.assert_close(one.norm(dim=-1), torch.ones(2))
+
+
+def test_logits_are_cosines_times_the_exponential_of_a_learned_number(vlm):
+    """CLIP's own start: 1 / 0.07."""
+    assert vlm.logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-5)
 
 
 # ---- the world's CLIP as a file, and the demo ----

@@ -41,6 +41,20 @@ def test_to_unit_undoes_to_tensor():
         assert torch.allclose(to_unit(given).flatten(), torch.tensor([1.0, 0.0, 128 / 255]), atol=1e-6)
 
 
+def test_images_are_normalised_by_the_numbers_clip_was_trained_with():
+    """open_clip's own constants."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    assert data.MEAN == tuple(OPENAI_DATASET_MEAN) and data.STD == tuple(OPENAI_DATASET_STD)
+
+
+def test_no_two_keys_share_a_generator():
+    """Not even keys with the same numbers in another order, or the same sum, or one number more."""
+    keys = ((1, 2, 3), (3, 2, 1), (2, 2, 2), (1, 2), (1, 2, 3, 1), (0, 6, 0))
+    draws = {key: tuple(rng_for(*key).integers(2**32, size=4).tolist()) for key in keys}
+    assert len(set(draws.values())) == len(keys)
+    assert tuple(rng_for(1, 2, 3).integers(2**32, size=4).tolist()) == draws[1, 2, 3]
+
+
 # ---- reading pictures ----
 def test_exif_orientation_is_applied(tmp_path):
     """Orientation 6 says "turn me to the right": black beside white as stored is black above white upright."""

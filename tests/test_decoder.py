@@ -1,5 +1,8 @@
 """Up-sampling that looks, norms that listen, and one decoder for two tasks."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,3 +163,135 @@ def test_the_decoders_blocks_by_hand():
     cross, q = CrossAttn(16, 2), torch.randn(1, 3, 16)
     after = cross.norm1(q + cross.attn(q, y.flatten(1, 2), y.flatten(1, 2)))
     assert torch.equal(cross(q, y), cross.norm2(after + cross.mlp(after)))
+
+
+# --- Eq. 3 once more, from the weights alone: none of the modules' own forwards ---------------------------------------
+
+
+def linear(x, layer):
+    return x @ layer.weight.T + layer.bias
+
+
+def normal(x, layer=None):
+    """Mean 0 and variance 1 along the last axis, then the layer's scale and shift, if it has them."""
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    return x if layer is None else x * layer.weight + layer.bias
+
+
+def twice(x, up):
+    """(B,h,w,c) -> (B,2h,2w,c): a new pixel reads the old map where a bilinear x2 would, plus a quarter of its offset.
+
+    Channels of the offset: group by group, x and y, and in each of these the 2x2 new pixels of an old one, row by row.
+    """
+    B, h, w, c = x.shape
+    offset, wide, out = linear(x, nn_linear(up.offset)), c // up.groups, x.new_zeros(B, 2 * h, 2 * w, c)
+    for b, k, i, j in itertools.product(range(B), range(up.groups), range(2 * h), range(2 * w)):
+        dx, dy = offset[b, i // 2, j // 2].view(up.groups, 2, 4)[k, :, 2 * (i % 2) + j % 2].tolist()
+        row = min(max((i + 0.5) / 2 - 0.5 + dy / 4, 0), h - 1)                            # the border repeats for ever
+        column = min(max((j + 0.5) / 2 - 0.5 + dx / 4, 0), w - 1)
+        for y, near in ((int(row), 1 - row % 1), (min(int(row) + 1, h - 1), row % 1)):
+            for z, side in ((int(column), 1 - column % 1), (min(int(column) + 1, w - 1), column % 1)):
+                out[b, i, j, k * wide:(k + 1) * wide] += near * side * x[b, y, z, k * wide:(k + 1) * wide]
+    return out
+
+
+def nn_linear(convolution):
+    """A 1x1 convolution as the linear it is."""
+    return SimpleNamespace(weight=convolution.weight[:, :, 0, 0], bias=convolution.bias)
+
+
+def spade(x, c, m):
+    """norm(x) * (1 + gamma(c)) + beta(c); gamma and beta from two 3x3 convolutions with a ReLU between them."""
+    c = F.conv2d(c.permute(0, 3, 1, 2), m.shared.weight, m.shared.bias, padding=1).clamp(min=0)
+    gamma_beta = F.conv2d(c, m.gamma_beta.weight, m.gamma_beta.bias, padding=1).permute(0, 2, 3, 1)
+    gamma, beta = gamma_beta[..., :x.shape[-1]], gamma_beta[..., x.shape[-1]:]
+    return normal(x) * (1 + gamma) + beta
+
+
+def read(q, x, m):
+    """Each of q (B,n,c) reads x (B,P,c), head by head: softmax(Q Kᵀ / sqrt d) V."""
+    q, k, v = linear(q, m.q), linear(x, m.k), linear(x, m.v)
+    d, found = q.shape[-1] // m.heads, []
+    for i in range(m.heads):
+        mine = slice(i * d, (i + 1) * d)
+        weights = (q[..., mine] @ k[..., mine].mT / d**0.5).exp()
+        found.append(weights / weights.sum(-1, keepdim=True) @ v[..., mine])
+    return linear(torch.cat(found, -1), m.out)
+
+
+def two_layers(x, m):
+    x = linear(x, m.fc1)
+    return linear(x * (1 + torch.erf(x / 2**0.5)) / 2, m.fc2)                             # the exact GELU
+
+
+def pooled(y, finer):
+    """The mean of every finer x finer cells."""
+    B, h, w, c = y.shape
+    return y.view(B, h // finer, finer, w // finer, finer, c).mean((2, 4))
+
+
+def block_on(y, finer, m, c=None):
+    """Pre-norm; a map looks at itself on the side grid."""
+    norm = normal if c is None else lambda x, layer: spade(x, c, layer)
+    x = norm(y, m.norm1)
+    y = y + read(x.flatten(1, 2), pooled(x, finer).flatten(1, 2), m.attn).view_as(y)
+    return y + two_layers(norm(y, m.norm2), m.mlp)
+
+
+def three_layers(x, m):
+    for layer in m.layers[:2]:
+        x = linear(x, layer).clamp(min=0)
+    return linear(x, m.layers[2])
+
+
+def equation_3(decoder, zq, q, scales, training):
+    """The header, line by line -> masks, biases, the y that is repainted.  scales: of late, mid, early."""
+    y, before, seen = linear(zq["latent"].permute(0, 2, 3, 1), decoder.lift["latent"]), 1, []
+    q = linear(q, decoder.query)
+    for stage, finer in zip(("late", "mid", "early"), scales):
+        for k in range({1: 0, 2: 1, 4: 2}[finer // before]):
+            y = twice(y, decoder.up[stage][k])
+        c = zq[stage].permute(0, 2, 3, 1) if stage in zq else y.new_zeros(*y.shape[:3], decoder.code_dim)
+        y = block_on(y, finer, decoder.spade[stage], linear(c, decoder.lift[stage]))
+        m, before = decoder.cross[stage], finer
+        q = normal(q + read(q, y.flatten(1, 2), m.attn), m.norm1)
+        q = normal(q + two_layers(q, m.mlp), m.norm2)
+    if training:
+        seen.append(normal(y, decoder.norm))
+    for block in decoder.plain:
+        y = block_on(y, finer, block)
+    seen.append(normal(y, decoder.norm))
+    head, masks, biases = decoder.head, [], []
+    for y in seen:
+        asked, n = three_layers(q, head.query_mlp), head.clip_heads
+        masks.append(torch.einsum("bqc,bhwc->bqhw", asked, three_layers(y, head.pix_mlp)))
+        told = three_layers(pooled(y, finer), head.attn_mlp).chunk(n, -1)                 # a piece per head of CLIP
+        biases.append(torch.stack([torch.einsum("bqc,bhwc->bqhw", asked, piece) for piece in told], 1)
+                      * head.bias_scaling.weight + head.bias_scaling.bias)
+    return masks, biases, y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("without", ["", "mid"], ids=["all stages", "mid is missing"])
+@pytest.mark.parametrize("scales", [(4, 2, 1), (4, 4, 4), (1, 1, 1)], ids=str)
+def test_the_decoder_is_equation_3_from_its_weights(scales, without):
+    """In float64 to 1e-9 on an oblong grid, both supervised outputs and the one at test time; no weight is special."""
+    names = ("early", "mid", "late")
+    decoder = small(scales=dict(zip(names, scales))).double()
+    for p in decoder.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    zq = {s: torch.randn(2, 8, 2 * k, 3 * k).double() for s, k in zip((*names, "latent"), (*scales, 1)) if s != without}
+    q = torch.randn(2, 5, 12).double()
+    for training in (True, False):
+        out, (masks, biases, y) = decoder.train(training)(zq, q), equation_3(decoder, zq, q, scales[::-1], training)
+        assert len(masks) == len(out["masks"]) == len(biases) == len(out["bias"]) == 1 + training
+        for found, expected in zip((*out["masks"], *out["bias"]), (*masks, *biases)):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(out["image"], decoder.pixel_head(y.permute(0, 3, 1, 2)), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_new_dysample_is_bilinear_to_within_a_hundredth():
+    """It learns to look elsewhere from there."""
+    x = torch.randn(2, 8, 5, 7)
+    assert (DySample(8)(x) - F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)).abs().max() < 0.01

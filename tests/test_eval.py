@@ -15,6 +15,7 @@ import eval as E
 from cli import InputError
 from eval import Pass, evaluate
 from tests.helpers import FakeModel, Noisy, TwoHalves, fake_runs
+from vq import Tokens
 
 QUIET = Pass(progress=False)
 
@@ -66,6 +67,19 @@ def test_groups_and_foreground_accuracy_by_hand():
     assert s["mIoU_unseen"] == pytest.approx(2 / 6)
     assert s["mIoU_stuff"] == pytest.approx(9 / 11)
     assert s["foreground_accuracy"] == pytest.approx((4 + 2 + 2 + 9) / 20)
+
+
+def test_one_stuff_for_another_keeps_the_foreground_right():
+    """Name 0 is an object, 1 and 2 are stuff: of eight pixels two of stuff change their name, one becomes 0."""
+    matrix = torch.tensor([[3, 1, 0, 0], [0, 2, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    s = E.scores(matrix, {"stuff": (1, 2)})
+    assert s["foreground_accuracy"] == pytest.approx(7 / 8) and s["pixel_accuracy"] == pytest.approx(5 / 8)
+
+
+def test_a_group_counts_its_names_with_ground_truth_only():
+    """Name 2 never occurs but was said once: the group of 1 and 2 has the IoU of name 1, one of 2 alone has none."""
+    s = E.scores(MATRIX, {"seen": (1, 2), "unseen": (2,)})
+    assert s["mIoU_seen"] == pytest.approx(2 / 6) and s["mIoU_unseen"] is None
 
 
 def test_confusion_counts_pairs_and_sets_ignored_pixels_aside():
@@ -126,6 +140,14 @@ def test_l1_of_a_known_error_and_lpips_never_invented():
     assert row["L1"] == 0.25 and row["LPIPS"] is None
 
 
+def test_lpips_is_told_that_values_run_from_0_to_1():
+    """Its network wants -1..1, and turns them itself when it is told."""
+    asked = {}
+    row = E.reconstruction_scores(torch.zeros(3, 16, 16), torch.ones(3, 16, 16),
+                                  lambda a, b, **how: asked.update(how, shape=a.shape) or torch.tensor(0.25))
+    assert row["LPIPS"] == 0.25 and asked == {"normalize": True, "shape": (1, 3, 16, 16)}
+
+
 def test_ssim_equals_an_independent_implementation():
     """scipy's Gaussian filter in place of our convolution, at the positions where the 11x11 window fits."""
     rng = np.random.default_rng(0)
@@ -163,6 +185,15 @@ def test_a_model_that_knows_everything_scores_one():
     early = row["codebooks"]["early"]
     assert early["share_used"] == 36 / 64                     # 6x6 tokens in the second picture, the first has fewer
     assert early["bf16"] == 1
+
+
+def test_a_token_that_shows_nothing_but_padding_is_not_counted():
+    """8x20 pixels padded to 8x32, four tokens: the third shows 4 pixels, the fourth none."""
+    model, index = FakeModel(), torch.tensor([[[5, 9, 5, 30]]])
+    code = model.codebook("early")[index].permute(0, 3, 1, 2)
+    counts = E.count_tokens(dict(tokens={"early": Tokens(code, index, code, None, None)}, crop=(8, 20), padded=(8, 32)),
+                            model)["early"]
+    assert {k: n for k, n in enumerate(counts[:-1].tolist()) if n} == {5: 2, 9: 1} and counts[-1] == 3
 
 
 def test_names_may_be_swapped_and_images_limited():

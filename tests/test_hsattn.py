@@ -29,6 +29,12 @@ def test_two_features_by_hand():
     assert near[1] / near[0] == pytest.approx(math.exp(-2.0), rel=1e-5)
 
 
+def test_values_keep_their_lengths():
+    """q halfway between two orthogonal features, of values (2, 0) and (0, 1): their mean is (1, 1/2), at unit length."""
+    out = hypersphere_attention(torch.ones(1, 1, 2), torch.eye(2)[None], torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), 10.0)
+    torch.testing.assert_close(out, torch.tensor([[[2.0, 1.0]]]) / 5**0.5)
+
+
 def test_the_softmax_runs_over_the_features():
     """Doubling a feature pulls the token towards it; doubling a token changes no other token."""
     q, k = torch.randn(1, 2, 4), torch.randn(1, 3, 4)
@@ -120,6 +126,15 @@ def test_every_head_lives_on_the_sphere(kernels):
     module.out = torch.nn.Identity()
     t = module(torch.randn(2, 5, 24), torch.randn(2, 9, 24), torch.randn(2, 9, 24))
     torch.testing.assert_close(t.norm(dim=-1), torch.full((2, 5), 2.0))
+
+
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+def test_each_head_is_equation_1_of_its_own_part_at_the_models_kappa(kernels):
+    """Two heads of 4 numbers each, kappa 3: a head's share of q, k and v, sliced here by hand, through the formula."""
+    module, q, k, v = HSAttn(8, 2, kappa=3.0, kernels=kernels), *(torch.randn(2, n, 8) for n in (5, 9, 9))
+    q_, k_, v_ = module.q(q), module.k(k), module.v(v)
+    heads = [hypersphere_attention(q_[..., part], k_[..., part], v_[..., part], 3.0) for part in (slice(4), slice(4, 8))]
+    torch.testing.assert_close(module(q, k, v), module.out(torch.cat(heads, -1)))
 
 
 def test_plain_attention_is_torchs():

@@ -14,7 +14,7 @@ import predict
 from cli import InputError
 from predict import UNNAMED, DenseCLIP, check_picture, name_pixels, segment, semantic_scores
 from segmenter import Answer, identity
-from tests.helpers import FakeVLM, TwoHalves, fake_runs, half_bright, noise, world
+from tests.helpers import FakeModel, FakeVLM, TwoHalves, fake_runs, half_bright, noise, world
 
 
 @pytest.fixture
@@ -254,6 +254,61 @@ def test_the_dense_row_is_each_patchs_own_name():
     prediction, more = segment(DenseCLIP(vlm, 8), sample["image"], vlm.embed_text(("day", "night")), (48, 44))
     assert more == {} and prediction.shape == (48, 44)
     assert (prediction[:20] == 0).all() and (prediction[28:] == 1).all()
+
+
+def test_the_dense_rows_scores_are_the_cosines_themselves():
+    """No sigmoid: at one patch, cos = (.3, -.2)."""
+    answer = DenseCLIP(FakeVLM(), 8).answer(dict(cosines=torch.tensor([0.3, -0.2]).view(1, 2, 1, 1)))
+    s, none = scored(answer, (1, 1))
+    assert s.flatten().tolist() == pytest.approx([0.3, -0.2]) and none == float("-inf")
+
+
+def test_a_picture_rounds_to_the_nearest_level():
+    """.5 is 127.5, to even 128; .4999 is 127.47; beyond 0 and 1 it stops."""
+    picture = predict.to_image(torch.tensor([0.5, 0.4999, 1.2, -1.0, 254.9 / 255]).expand(3, 1, 5))
+    assert picture.shape == (1, 5, 3) and picture[0, :, 0].tolist() == [128, 127, 255, 0, 255]
+
+
+def test_a_pixel_of_a_token_map_shows_the_token_under_its_centre():
+    """5 pixels over 2 tokens: centres .5, 1.5, 2.5 | 3.5, 4.5 of 5, the third by half a token; padding has no pixel."""
+    index = torch.tensor([[1, 2, 3]])
+    assert predict.spread(index, (8, 16), (8, 24), (1, 5)).tolist() == [[1, 1, 2, 2, 2]]
+    assert predict.spread(index, (8, 20), (8, 24), (1, 5)).tolist() == [[1, 1, 2, 2, 3]]
+
+
+def test_an_overlay_tints_what_has_a_name_and_nothing_else():
+    """Grey 100 under colour 200 at .6: 100 * .4 + 200 * .6 = 160; unnamed pixels as they were; borders white."""
+    prediction = np.array([[0, 0, 0, UNNAMED, UNNAMED]])
+    found = predict.overlay(np.full((1, 5, 3), 100, np.uint8), prediction, np.full((1, 3), 200, np.uint8))
+    assert found[0, :, 0].tolist() == [160, 160, 160, 255, 100]
+
+
+def test_a_photo_is_shown_to_the_model_at_the_size_it_was_trained_for(monkeypatch):
+    """Short side 32, long side at most 128: 16x100 would be 32x200 and is 20x128; the answer has the photo's size."""
+    seen, model = [], FakeModel().eval()
+    monkeypatch.setattr(predict, "segment", lambda model, image, text, size, none: seen.append((image.shape, size)))
+    for h, w in ((64, 100), (16, 100)):
+        predict.segment_photo(model, noise(h, w), ("day", "night"))
+    assert seen == [((3, 32, 50), (64, 100)), ((3, 20, 128), (16, 100))]
+
+
+class LeftAndRight:
+    """Two maps over the padded input: name 0 on its left half, name 1 on its right half."""
+
+    stride = 16
+
+    def __call__(self, image, text):
+        return dict(maps=torch.eye(2).view(2, 1, 2))
+
+    def answer(self, out, b):
+        return Answer(out["maps"], gate=identity)
+
+
+def test_maps_cover_the_padded_input_and_not_the_picture():
+    """12 pixels wide, padded to 16: the halves meet at pixel 8, and at 16 in the picture of twice the size."""
+    model, image, text = LeftAndRight(), torch.zeros(3, 16, 12), torch.zeros(2, 4)
+    assert segment(model, image, text, (16, 12))[0].tolist() == [[0] * 8 + [1] * 4] * 16
+    assert segment(model, image, text, (32, 24))[0].tolist() == [[0] * 16 + [1] * 8] * 32
 
 
 def test_what_lies_under_the_padding_reaches_no_pixel():

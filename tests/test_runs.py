@@ -1,6 +1,7 @@
 """What runs.py promises: configs of parts, checkpoints that join only what belongs together."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +167,32 @@ def test_a_checkpoint_holds_what_training_changes_and_not_the_frozen_clip(run):
     assert not any("resblocks" in name for name in names)
 
 
+def test_a_checkpoint_that_is_not_written_to_its_end_leaves_the_last_one(run, monkeypatch):
+    """The disk is full after half of it: the run still has the checkpoint it had, bit for bit."""
+    path, model = run[0] / "checkpoint.safetensors", run[1]
+    before = path.read_bytes()
+
+    def half(tensors, where, metadata):
+        Path(where).write_bytes(before[:100])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(runs, "save_file", half)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(path, model, [], 8)
+    assert path.read_bytes() == before
+
+
+def test_a_run_is_loaded_ready_to_answer(run):
+    """In eval mode, with the kernels of this machine however it was trained, whatever was drawn before."""
+    path, model = run
+    stored = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**stored, "kernels": "plain"}))
+    torch.manual_seed(99)
+    loaded, config = load_run(path)
+    assert not any(module.training for module in loaded.modules()) and config.net.kernels == "auto"
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+
+
 def test_other_clip_weights_have_another_fingerprint():
     a, b = world(), world()
     assert fingerprint(a) == fingerprint(b)
@@ -231,6 +258,14 @@ def test_over_another_clip_its_position_embedding_stays(published, tmp_path):
     own = model.vlm.positions.clone()
     assert warm_start(model, tmp_path / "san").endswith("of another shape or another CLIP: vlm")
     assert torch.equal(model.vlm.positions, own) and torch.equal(model.side.query_embed, theirs.side.query_embed)
+
+
+def test_as_many_numbers_in_another_shape_are_not_taken(run, monkeypatch):
+    """(64,1) is not (1,64)."""
+    own = {"background": torch.zeros(64, 1), "side.query_embed": torch.zeros(1, 20, 96)}
+    monkeypatch.setattr(runs, "trained_state", lambda model: own)
+    assert warm_start(*run[::-1]).endswith("of another shape or another CLIP: background")
+    assert not own["background"].any() and own["side.query_embed"].any()
 
 
 def test_a_warm_start_names_what_it_cannot_start_from(published, run, tmp_path, monkeypatch):

@@ -55,6 +55,23 @@ def test_its_answer_is_the_published_segmentation(san_small, san_of_small):
     assert (torch.einsum("ck,chw->khw", mix[:, :-1], masks) - tensors["wide.sem_seg"]).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_every_image_of_a_batch_gets_its_own_answer():
+    """The last masks and classes of image b: in training, where there are two of each, and at test time."""
+    model = world("san")
+    for mode in (True, False):
+        out = model.train(mode)(images(), TEXT)
+        for b in (0, 1):
+            answer = model.answer(out, b)
+            assert torch.equal(answer.maps, out["masks"][-1][b])
+            assert torch.equal(answer.mix, out["classes"][-1][b].softmax(-1))
+
+
+def test_inputs_are_multiples_of_the_patch_but_of_32_where_that_is_16():
+    """As published: SAN pads to 32 for its patches of 16."""
+    assert world("san").stride == 8 and world("san", patch=16).stride == 32
+
+
 @pytest.mark.parametrize("row, column", [(0, 0), (0, -1), (3, -2), (-1, 0), (-1, -2), (-1, 5)])
 def test_a_wrong_entry_of_the_recognition_mask_shows(san_small, san_of_small, row, column, monkeypatch):
     """Flip one entry between open and closed: cls-cls, cls-copy, patch-copy, copy-cls, copy-copy, copy-patch."""
@@ -99,6 +116,25 @@ def test_mlp_has_its_activation_between_linears_only():
     with torch.no_grad():
         mlp.layers[1].weight.copy_(-torch.eye(2))
     assert mlp(torch.tensor([-1.0, 2.0])).tolist() == [0.0, -2.0]
+
+
+def test_the_bias_is_scaled_and_shifted_by_two_learned_numbers():
+    """Fresh: by 1 and 0."""
+    head, q, y = MaskHead(6, 5, 4, 2), torch.randn(1, 3, 6), torch.randn(1, 2, 2, 5)
+    masks, bias = head(q, y)
+    assert head.bias_scaling.weight.item() == 1 and head.bias_scaling.bias.item() == 0
+    with torch.no_grad():
+        head.bias_scaling.weight.fill_(3), head.bias_scaling.bias.fill_(-2)
+    scaled = head(q, y)
+    torch.testing.assert_close(scaled[1], 3 * bias - 2)
+    assert torch.equal(scaled[0], masks)
+
+
+def test_the_bias_may_read_other_pixels_than_the_masks():
+    """PAT's reads a coarser map: the bias has its grid, and its numbers depend on no pixel of the masks."""
+    head, q, y, z = MaskHead(6, 5, 4, 2), torch.randn(1, 3, 6), torch.randn(1, 4, 4, 5), torch.randn(1, 2, 2, 5)
+    masks, bias = head(q, y, z)
+    assert torch.equal(masks, head(q, y)[0]) and torch.equal(bias, head(q, z)[1])
 
 
 def test_training_supervises_the_last_two_blocks_and_inference_one():

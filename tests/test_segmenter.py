@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import segmenter
 import train
 from data import IGNORE
 from predict import name_pixels, segment
@@ -132,6 +133,29 @@ def test_every_preset_names_numbers_that_exist_and_passes_its_own_check(model):
         assert config.run == preset(name, model)
     for row, numbers in kind.ABLATIONS.items():
         kind.check(changed(preset("world", model), **numbers).net)
+
+
+# --- what the contract gives to all ----------------------------------------------------------------------------------
+
+
+def test_a_sum_over_processes_leaves_what_it_sums_alone(monkeypatch):
+    """Three processes that all hold (1, 2): the sum is (3, 6), its own numbers are still (1, 2).  Alone: itself."""
+    value = torch.tensor([1.0, 2.0])
+    assert segmenter.summed(value) is value
+    fake = dict(is_initialized=lambda: True, get_world_size=lambda: 3, get_backend=lambda: "gloo",
+                all_reduce=lambda total: total.mul_(3))
+    for name, instead in fake.items():
+        monkeypatch.setattr(segmenter.dist, name, instead)
+    assert segmenter.summed(value).tolist() == [3, 6] and value.tolist() == [1, 2]
+
+
+def test_weight_decay_is_apart_from_the_gradient():
+    """AdamW: where the gradient is 0, a step of rate .1 and decay .5 leaves 1 - .05 of a weight; Adam would leave .9."""
+    p = torch.nn.Parameter(torch.ones(1))
+    optimizer, = Segmenter().optimizers([dict(params=[p], lr=0.1, weight_decay=0.5)], recipe("world").recipe)
+    p.grad = torch.zeros(1)
+    optimizer.step()
+    assert p.item() == pytest.approx(0.95)
 
 
 # --- one formula for three kinds of answer ---------------------------------------------------------------------------

@@ -1,12 +1,15 @@
-"""Bugs on purpose: what a file of ours would compute with one line wrong, and the tests that have to notice."""
+"""Bugs that a contributor could make, one by one, and the promise that a test notices each.
+
+A file of this package per room holds a list, MUTATIONS; `python -m tests.mutations` puts them in and runs the tests.
+"""
 
 from typing import NamedTuple
 
 
 class Mutation(NamedTuple):
-    file: str              # of the root, as "pat.py"
-    what: str              # the bug, in words
-    old: str               # occurs exactly once in the file
+    file: str              # relative to the root
+    what: str              # the bug, in a few words
+    old: str               # occurs exactly once in the file; may span lines
     new: str
-    tests: str = ""        # the test file that has to fail; "" is tests/test_FILE
-    survives: str = ""     # why no test can notice
+    tests: str = ""        # what pytest is given, words apart; "": the mirrored file, pat.py -> tests/test_pat.py
+    survives: str = ""     # why no test can notice it; "": one must
