@@ -140,9 +140,15 @@ def test_a_spoiled_folder_is_refused_before_training_starts(root, what):
 
 
 def test_an_id_without_a_name_is_refused_when_read(root):
-    """Class 200 of 3: the message names the id, the file and the remedy."""
+    """Class 200 of 3, and 3 of 3: the message names the id, the file and the remedy; 2 is the last that has a name."""
     Image.fromarray(np.full((8, 6), 200, np.uint8)).save(root / "labels" / "b.png")
     folder = Folder(root)
     folder[0]
     with pytest.raises(InputError, match=r"b.png: has class id 200, but the 3 names are ids 0 to 2; .*ignore value"):
+        folder[1]
+    for top in (2, 3):
+        Image.fromarray(np.full((8, 6), top, np.uint8)).save(root / "labels" / "b.png")
+        if top == 2:
+            assert folder[1]["label"].unique().tolist() == [2]
+    with pytest.raises(InputError, match="has class id 3, but"):
         folder[1]
