@@ -132,8 +132,8 @@ MUTATIONS = [
 
     # ---- the command line ----
     Mutation(TRAIN, "resuming takes the paper's recipe", "filled(Recipe(), read_config(resume))", "Recipe()"),
-    Mutation(TRAIN, "resuming stops where it stopped", """stop = settings(config, [f"stop_at={args.get('stop_at', 0)}"])""",
-             "stop = {}"),
+    Mutation(TRAIN, "resuming stops where it stopped",
+             """stop = settings(config, [f"stop_at={args.get('stop_at', 0)}"])""", "stop = {}"),
     Mutation(TRAIN, "--ablate switches nothing off", "        config = changed(config, **rows[row])\n", ""),
     Mutation(TRAIN, "--init keeps its own CLIP", "            config = changed(config, pretrained=began.pretrained)\n",
              "            pass\n"),
