@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +20,9 @@ import san
 import train
 from cli import InputError
 from published.images_of import training_set
-from runs import build, changed, load_config, load_run, model_class, trained_state
+from runs import build, changed, flat, load_config, load_run, model_class, trained_state
 from tests.helpers import TINY, TINY_OF, encoded, micro_batches, pack, picture, tiny
-from train import Stream, gradients, learning_rate, parameter_groups, parse, recipe, replaced
+from train import Recipe, Stream, check_recipe, gradients, learning_rate, parameter_groups, parse, recipe, replaced
 from world.scenes import World
 
 ROOT = Path(train.__file__).parent
@@ -36,18 +38,19 @@ def one_step(config, rank=0, processes=1):
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-def process(rank, processes, config, port, path):
+def process(rank, processes, configs, port, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=processes)
-    result = one_step(config, rank, processes)
+    results = [one_step(config, rank, processes) for config in configs]
     if rank == 0:
-        torch.save(result, path)
+        torch.save(results, path)
     dist.destroy_process_group()
 
 
-def on_two_processes(config, path):
-    mp.spawn(process, (2, config, 29000 + os.getpid() % 1000, path), nprocs=2)
+def on_two_processes(configs, path):
+    """What `one_step` gives for each config, on two processes that exchange."""
+    mp.spawn(process, (2, configs, 29000 + os.getpid() % 1000, path), nprocs=2)
     return torch.load(path, weights_only=True)
 
 
@@ -57,9 +60,163 @@ def same(a, b, tolerance=1e-9):
         assert (a[name] - b[name]).abs().max() < tolerance, name
 
 
+@pytest.fixture
+def unscored(monkeypatch):
+    """The directories of the runs that were over: none is scored, which takes longer than a few steps."""
+    over = []
+    monkeypatch.setattr("studies.report.score_and_draw", lambda run, *args: over.append(run))
+    return over
+
+
+# --- the step, by hand -----------------------------------------------------------------------------------------------
+
+
+def test_the_first_step_is_adamws_with_clipped_gradients_at_the_schedules_rate(monkeypatch, tmp_path):
+    """p becomes p (1 - lr decay) - lr g / (|g| + 1e-8), g the gradient cut to the global norm, lr the first of a warm-up.
+
+    AdamW's first step hardly depends on the length of g, unless g is as small as its 1e-8: so 1e-6 is the norm here.
+    Of four steps of warm-up to 0.01 the first has 0.01 / 4; the side network's own rate is half of that.
+    """
+    monkeypatch.setattr(san.SAN, "rates", {"side.": 0.5})
+    config = tiny("san", seed=3, steps=8, stop_at=1, warmup=4, lr=0.01, weight_decay=4.0, grad_clip=1e-6,
+                  out=str(tmp_path / "run"))
+    torch.manual_seed(3)
+    model = build(config.run).train()
+    gradients(model, model.vlm.embed_text(World.train_names), micro_batches(config), config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    norm = sum(p.grad.double().square().sum() for p in trained.values()).sqrt().item()
+    run = train.train(config)
+    assert norm > 0.1 and json.loads((run / "log.jsonl").read_text())["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    after = trained_state(load_run(run)[0])
+    assert after.keys() == trained.keys()
+    for name, p in trained.items():
+        lr = 0.00125 if name.startswith("side.") else 0.0025
+        decay = 0.0 if any(word in name for word in ("norm", "pos_embed", "positional", "query_embed")) else 4.0
+        g = p.grad * 1e-6 / norm
+        torch.testing.assert_close(after[name], (p * (1 - lr * decay) - lr * g / (g.abs() + 1e-8)).detach(), rtol=0, atol=2e-6,
+                                   msg=lambda text: f"{name}: {text}")
+    assert (run / "names.txt").read_text().splitlines() == list(World.train_names)
+
+
+def test_a_second_step_forgets_the_gradients_of_the_first(steps, tmp_path):
+    """At rate 0 the weights stay, so the second step's gradients are those of its own images alone."""
+    config = tiny("san", steps=3, stop_at=2, lr=0.0, grad_clip=1e9, out=str(tmp_path / "run"))
+    train.train(config)
+    torch.manual_seed(config.run.seed)
+    model = build(config.run).train()
+    gradients(model, model.vlm.embed_text(World.train_names), micro_batches(config, step=1), config)
+    grads = [p.grad.norm() for p in model.parameters() if p.requires_grad]
+    assert steps[1][1] == pytest.approx(torch.stack(grads).norm().item(), rel=1e-4)
+
+
+def test_the_loop_takes_a_batch_in_passes(unscored, tmp_path):
+    """Four images at once, or two and two: the same lines of log; it ends after its steps, wherever it may stop."""
+    logs = []
+    for passes in (1, 2):
+        run = train.train(tiny("san", steps=2, stop_at=9, accumulate=passes, out=str(tmp_path / f"run{passes}")))
+        logs.append([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()])
+    assert unscored == [tmp_path / "run1", tmp_path / "run2"] and [line["step"] for line in logs[1]] == [0, 1]
+    for one, two in zip(*logs, strict=True):
+        for name in ("ce_1", "mask_1", "dice_1", "ce_2", "mask_2", "dice_2", "grad_norm", "lr"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3), name
+
+
+def test_what_each_pass_is_told(monkeypatch):
+    """Draws are keyed by the seed and the number of the image, whatever its pass; totals are of the whole step; fp32."""
+    told, terms = [], san.SAN.terms
+    monkeypatch.setattr(san.SAN, "terms", lambda self, out, batch: (told.append(batch), terms(self, out, batch))[1])
+    config = tiny("san", accumulate=2, seed=7)
+    model, parts, rounded = build(config.run).train(), micro_batches(config, step=3), []
+    model.register_forward_pre_hook(lambda *_: rounded.append(torch.is_autocast_enabled("cpu")))
+    gradients(model, model.vlm.embed_text(World.train_names), parts, config)
+    assert [batch.keys for batch in told] == [[(7, 12), (7, 13)], [(7, 14), (7, 15)]]
+    whole = model.totals(torch.cat([labels for _, labels, _ in parts]))
+    assert rounded == [False, False] and config.recipe.precision == "bf16"                # which is for a GPU
+    for batch, (_, labels, _) in zip(told, parts, strict=True):
+        assert torch.equal(batch.labels, labels) and batch.parts == 2
+        torch.testing.assert_close(batch.totals, whole)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_a_term_that_is_not_finite_is_named(monkeypatch, value):
+    terms = san.SAN.terms
+    monkeypatch.setattr(san.SAN, "terms", lambda *args: {**terms(*args), "far": (0.0, torch.tensor(float(value)))})
+    config = tiny("san")
+    model = build(config.run).train()
+    with pytest.raises(FloatingPointError, match=f"loss term far is {value}"):
+        gradients(model, model.vlm.embed_text(World.train_names), micro_batches(config), config)
+
+
+def test_passes_of_two_processes_are_numbered_by_hand():
+    """Eight images a step, two processes, two passes: a pass of a process is two images; draws have the seed."""
+    class Echo:
+        draw = staticmethod(lambda seed, n: (f"seed {seed}", f"sample {n}"))
+
+    config = tiny(steps=3, batch=8, accumulate=2, seed=5)
+    first, second = (Stream(Echo, config, 1, rank, 2) for rank in range(2))
+    assert first.numbers == [8, 9, 12, 13, 16, 17, 20, 21] and second.numbers == [10, 11, 14, 15, 18, 19, 22, 23]
+    assert len(second) == 8 and second[0] == ("seed 5", "sample 10", 10) and second[7] == ("seed 5", "sample 23", 23)
+
+
+def test_lines_and_checkpoints_come_as_often_as_asked(steps, monkeypatch, tmp_path):
+    """Of seven steps every third and the last is logged, every second and the last saved; by this clock each takes 1 s."""
+    saved = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, model, optimizers, step: saved.append(step))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(len(steps))))
+    run = train.train(tiny("san", steps=9, stop_at=7, log_every=3, save_every=2, out=str(tmp_path / "run")))
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 5, 6] and saved == [2, 4, 6, 7]
+    assert [line["ms_per_step"] for line in lines] == [1000.0] * 3
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_numbers_of_the_loop():
+    """AdamW at 1e-4 with decay 1e-4, 120,000 steps of 12 images, clipped at 0.01; the paper states no warm-up."""
+    paper = dict(steps=120_000, batch=12, lr=1e-4, weight_decay=1e-4, grad_clip=0.01)
+    ours = dict(out="", init="", accumulate=1, warmup=0, precision="bf16", workers=4, log_every=50, save_every=1000,
+                stop_at=0, val_images=300)
+    assert asdict(Recipe()) == {**paper, **ours}
+    assert recipe("coco").recipe == recipe("coco", "san").recipe == Recipe()
+    (optimizer,) = build(tiny("san").run).optimizers([dict(params=[torch.zeros(1, requires_grad=True)])], Recipe())
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == 1e-4
+
+
+@pytest.mark.parametrize("model", ["pat", "san", "dense"])
+def test_the_worlds_numbers_of_the_loop(model):
+    """Ten minutes on two cores: 1,300 steps of 8 scenes, warmed up over 100."""
+    assert recipe("world", model).recipe == Recipe(steps=1300, batch=8, lr=8e-4, warmup=100, grad_clip=1.0, weight_decay=0.01,
+                                                   save_every=200, log_every=20, workers=0)
+
+
+@pytest.mark.parametrize("numbers, processes, says", [
+    (dict(batch=7, accumulate=2), 1, "--batch 7 .* 1 processes x 2 accumulation steps; the nearest that can is 8"),
+    (dict(batch=8, accumulate=1), 3, "--batch 8 .* 3 processes x 1 accumulation steps; the nearest that can is 9"),
+    (dict(batch=1, accumulate=2), 2, "the nearest that can is 4"), (dict(seed=2**32), 1, "seed 4294967296: takes")])
+def test_a_batch_or_seed_that_cannot_be_is_refused(numbers, processes, says):
+    with pytest.raises(InputError, match=says):
+        check_recipe(tiny("san", **numbers), processes)
+    check_recipe(tiny("san", batch=12, accumulate=2, seed=2**32 - 1), 3)
+
+
+def test_a_run_that_starts_from_another_takes_its_clip(tmp_path):
+    """Unless --pretrained says otherwise, or it stands on another CLIP altogether."""
+    (tmp_path / "config.json").write_text(json.dumps(flat(tiny("san", pretrained="none"))))
+    start = ["--init", str(tmp_path)]
+    for flags, pretrained in [([], "world"), (start, "none"), ([*start, "--pretrained", "other"], "other"),
+                              ([*start, "--vlm", "ViT-B-16"], "world")]:
+        assert parse(flags)[0].run.net.clip.pretrained == pretrained, flags
+
+
+# --- processes, passes, stops ----------------------------------------------------------------------------------------
+
+
 def test_two_processes_compute_the_gradient_of_one(tmp_path):
-    """A batch of 4 on one process, 2 + 2 on two: every gradient in float64 to 1e-9."""
-    same(one_step(tiny()), on_two_processes(tiny(), tmp_path / "g.pt"))
+    """A batch of 4 on one process; 2 + 2 on two; 1 + 1 twice on two: every gradient in float64 to 1e-9."""
+    whole = one_step(tiny())
+    for parts in on_two_processes([tiny(), tiny(accumulate=2)], tmp_path / "g.pt"):
+        same(whole, parts)
 
 
 def test_accumulation_computes_the_gradient_of_the_whole_batch():
@@ -113,7 +270,7 @@ def test_every_row_of_table_two_trains_a_step(flags, tmp_path):
 
 
 def test_the_learning_rate_warms_up_decays_and_ends_at_zero():
-    config = tiny(lr=1.0, warmup=10, steps=100).recipe
+    config = tiny(lr=1.0, warmup=10, steps=100, stop_at=60).recipe
     assert learning_rate(config, 0) == pytest.approx(0.1)
     assert learning_rate(config, 50) == pytest.approx(0.5**0.9)
     assert learning_rate(config, 99) == pytest.approx(0.01**0.9)
@@ -403,6 +560,11 @@ def test_several_optimisers_step_in_turn_and_resume(monkeypatch, tmp_path):
             train.train(tiny("san", steps=5, stop_at=stop, out=str(tmp_path / name)), resume=k > 0)
     a, b = (load_run(tmp_path / name)[0].state_dict() for name in ("whole", "broken"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    torch.manual_seed(tiny("san").run.seed)
+    model = build(tiny("san").run)
+    for group in parameter_groups(model, tiny("san").recipe):                   # each has moved its own
+        names = {id(p): name for name, p in model.named_parameters()}
+        assert not all(torch.equal(p, a[names[id(p)]]) for p in group["params"])
 
 
 def test_a_run_says_every_number_it_was_trained_with(tmp_path):

@@ -3,6 +3,8 @@
 In float64, so that "equal" means ten digits, and under random upstream gradients.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +187,17 @@ def test_each_choice_takes_its_path_on_each_device(monkeypatch):
 def test_auto_on_a_cpu_takes_any_dtype_width_and_kappa():
     """What limits Triton does not limit cpu.py: float64, 240 numbers a row, kappa 100."""
     assert kernels.path("auto", torch.device("cpu"), torch.float64, 240, 100.0) == "cpu"
+
+
+def test_attention_on_a_gpu_is_plain_where_kappa_is_too_large():
+    """Its twin is safe up to kappa 43: auto takes the formula above it, triton says why not."""
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, 20, 30))
+    assert kernels.kernel(hsattn.hypersphere_attention, "auto", x, 43.5) is hsattn.hypersphere_attention
+    with pytest.raises(ValueError, match="kappa 43.5: the Triton kernel is safe for 0 < kappa <= 43, use kernels auto"):
+        kernels.kernel(hsattn.hypersphere_attention, "triton", x, 43.5)
+    with pytest.raises(ValueError, match="kappa 0: the Triton kernel is safe for 0 < kappa"):
+        kernels.kernel(hsattn.hypersphere_attention, "triton", x, 0.0)
+    assert kernels.path("auto", x.device, x.dtype, 64, 43.0) == "triton"
 
 
 @pytest.mark.parametrize("choice, way", [("plain", "plain"), ("auto", "cpu")])

@@ -1,5 +1,6 @@
 """What published/archives.py promises: members read in place, by any process, or refused in one line."""
 
+import os
 import pickle
 import zipfile
 
@@ -9,7 +10,8 @@ from cli import InputError
 from published.archives import Member, Shelf
 from tests.helpers import cut, pack
 
-FILES = {"box/a.txt": b"first", "box/b.txt": b"second " * 50, "box/in/c.txt": b"third", "other/a.txt": b"fourth"}
+FILES = {"box/a.txt": b"first", "box/b.txt": b"second " * 50, "box/in/c.txt": b"third", "other/a.txt": b"fourth",
+         "boxes/d.txt": b"fifth"}
 
 
 def read(sources):
@@ -59,6 +61,36 @@ def test_a_pattern_skips_the_known(tmp_path):
     assert sorted(Shelf(tmp_path, known=("huge.zip",)).find([("*.zip", "box")], (".txt",)).files) == ["a", "b", "c"]
     with pytest.raises(InputError, match="huge.zip: cannot be read"):
         Shelf(tmp_path).find([("*.zip", "nothing")], (".txt",))
+
+
+def test_files_come_in_order_of_their_names(tmp_path, monkeypatch):
+    """Whatever the order in which the disk gives folders and files: so the first of two at odds is the same anywhere."""
+    for name in ("b/y.txt", "b/x.txt", "a/w.txt", "v.txt"):
+        (tmp_path / "box" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "box" / name).write_bytes(b"")
+    scan = os.scandir
+
+    class Backwards:
+        def __init__(self, path):
+            self.entries = iter(sorted(scan(path), key=lambda entry: entry.name, reverse=True))
+
+        def __iter__(self):
+            return self.entries
+
+        def __next__(self):
+            return next(self.entries)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        close = __exit__
+
+    shelf = Shelf(tmp_path)
+    monkeypatch.setattr(os, "scandir", Backwards)
+    assert list(shelf.find([(None, "box")], (".txt",)).files) == ["v", "w", "x", "y"]
 
 
 def test_what_the_system_leaves_behind_is_no_file_of_the_dataset(tmp_path):

@@ -118,6 +118,23 @@ def test_ade847_is_read_at_a_short_side_of_512(tmp_path):
     assert label[:, 5].tolist() == [int(i * 520 / 512) % 2 for i in range(512)]
 
 
+def test_a_converted_ade847_keeps_its_size(tmp_path):
+    """Whoever converted it has shrunk it already: 520 high stays 520."""
+    converted(tmp_path, "ade847")
+    images, labels, _ = CONVERTED["ade847"]
+    for stem in STEMS["ade847"]:
+        (tmp_path / images / f"{stem}.jpg").write_bytes(encoded(noise(520, 530), "jpeg"))
+        (tmp_path / labels / f"{stem}.tif").write_bytes(encoded(np.full((520, 530), 7, np.uint16), "tiff"))
+    image, label = open_dataset("ade847", tmp_path).read(0)
+    assert image.shape == (520, 530, 3) and label.shape == (520, 530)
+
+
+def test_seen_is_what_the_model_was_trained_with(tmp_path):
+    """A model of two names has seen those two, whatever COCO-Stuff names."""
+    dataset = open_dataset("voc20", packed(tmp_path, "voc20"), training=("bicycle", "moon"))
+    assert dataset.groups["seen"] == (1,) and len(dataset.groups["unseen"]) == 19
+
+
 # ---- as a dataset ----
 @pytest.mark.parametrize("name", NAMES)
 def test_a_published_dataset_has_the_face_of_a_folder(tmp_path, name):

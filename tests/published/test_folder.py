@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+import published.folder
 from cli import InputError
-from data import IGNORE, names_checksum
+from data import AUGMENT, IGNORE, ORDER, names_checksum, rng_for
 from published.folder import Folder, layout
 from tests.helpers import filled, noise
 
@@ -34,7 +35,10 @@ def test_a_folder_reads_its_pairs_in_order_of_their_names(root):
     assert sample["image"].shape == (3, 16, 12) and sample["image"].dtype == torch.float32
     assert (sample["original"] == noise(seed=1)).all() and sample["label"].shape == (8, 6)
     assert sample["label"][0, 0] == IGNORE and sample["label"].dtype == torch.int64
-    assert (sample["label"].flatten()[1:] >= 0).all()
+    for sample, k in zip(folder, (1, 0, 2)):                        # each with the label of its own stem
+        label = np.random.default_rng(k).integers(0, 3, (8, 6), dtype=np.uint8).astype(int)
+        label[0, 0] = IGNORE
+        assert sample["label"].tolist() == label.tolist() and (sample["original"] == noise(seed=k)).all()
 
 
 def test_given_names_replace_the_file(root):
@@ -81,6 +85,27 @@ def test_a_folders_stream_is_keyed_and_every_epoch_visits_every_image(root):
     assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs) and len(set(epochs)) > 1
 
 
+def test_order_and_augmentation_have_keys_of_their_own(root, monkeypatch):
+    """Which image: by (seed, epoch).  How it is cut out: by (seed, n), so that an image looks different in every epoch."""
+    visited, drawn, folder = [], [], Folder(root)
+    monkeypatch.setattr(published.folder, "augment", lambda image, label, rng, *_: (drawn.append(rng.random()), (image, label))[1])
+    folder.read = lambda i: (visited.append(i), (noise(), np.zeros((8, 6), np.int64)))[1]
+    keys = [(seed, n) for seed in (5, 6) for n in range(12)]
+    for seed, n in keys:
+        folder.draw(seed, n)
+    assert visited == [rng_for(seed, ORDER, n // 3).permutation(3)[n % 3] for seed, n in keys]
+    assert drawn == [rng_for(seed, AUGMENT, n).random() for seed, n in keys]
+
+
+def test_the_key_tells_other_pairs_and_sizes_apart(root):
+    """Scores are kept by it: one more pair, another short or long side, another key."""
+    folders = [Folder(root), Folder(root, short_side=12), Folder(root, long_side=99)]
+    for part in ("images", "labels"):
+        Image.fromarray(np.zeros((8, 6), np.uint8)).save(root / part / "d.png")
+    folders.append(Folder(root))
+    assert len({folder.key for folder in folders}) == 4 and folders[-1].key == Folder(root, crop=7).key
+
+
 def unpair(root):
     """Five images that have no label."""
     for k in range(5):
@@ -115,9 +140,15 @@ def test_a_spoiled_folder_is_refused_before_training_starts(root, what):
 
 
 def test_an_id_without_a_name_is_refused_when_read(root):
-    """Class 200 of 3: the message names the id, the file and the remedy."""
+    """Class 200 of 3, and 3 of 3: the message names the id, the file and the remedy; 2 is the last that has a name."""
     Image.fromarray(np.full((8, 6), 200, np.uint8)).save(root / "labels" / "b.png")
     folder = Folder(root)
     folder[0]
     with pytest.raises(InputError, match=r"b.png: has class id 200, but the 3 names are ids 0 to 2; .*ignore value"):
+        folder[1]
+    for top in (2, 3):
+        Image.fromarray(np.full((8, 6), top, np.uint8)).save(root / "labels" / "b.png")
+        if top == 2:
+            assert folder[1]["label"].unique().tolist() == [2]
+    with pytest.raises(InputError, match="has class id 3, but"):
         folder[1]

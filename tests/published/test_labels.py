@@ -1,11 +1,13 @@
 """What published/labels.py promises: other people's encodings of a label, worked by hand, or refused in one line."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from cli import InputError
-from published.labels import Masks, json_array, paint, read_codes, read_mat, run_lengths, shrink
+from published.labels import Masks, json_array, merged_masks, paint, read_16_bit, read_codes, read_mat, run_lengths, shrink
 from tests.helpers import mat
 
 
@@ -15,6 +17,22 @@ def test_later_masks_cover_earlier_ones():
     full, left = (2, dict(size=[1, 2], counts=[0, 2])), (9, dict(size=[1, 2], counts=[0, 1, 1]))
     assert paint(Masks("x", "y", 1, 2, [full, left])).tolist() == [[9, 2]]
     assert paint(Masks("x", "y", 1, 2, [left, full])).tolist() == [[2, 2]]
+
+
+def test_masks_run_down_the_columns_zeros_first():
+    """[1, 2, 3] of 2 rows and 3 columns: of the pixels counted down the columns the second and third; 0 elsewhere."""
+    masks = [(7, dict(size=[2, 3], counts=[1, 2, 3]))]
+    assert paint(Masks("x", "y", 2, 3, masks)).tolist() == [[0, 7, 0], [7, 0, 0]]
+
+
+def test_one_json_holds_the_masks_of_the_validation_images(tmp_path):
+    """Images of training are left out, and so are their masks; an image's masks stay in the order of the file."""
+    image, mask = dict(height=2, width=3), dict(size=[2, 3], counts=[6])
+    text = {"images": [dict(image_id=7, file_name="a.jpg", phase="val", **image),
+                       dict(image_id=9, file_name="b.jpg", phase="train", **image)],
+            "annos_segmentation": [dict(image_id=k, category_id=c, segmentation=mask) for k, c in ((7, 5), (9, 6), (7, 4))]}
+    (tmp_path / "m.json").write_text(json.dumps(text))
+    assert merged_masks(tmp_path / "m.json") == {"a": Masks(tmp_path / "m.json", "a", 2, 3, [(5, mask), (4, mask)])}
 
 
 def test_cocos_text_by_hand():
@@ -94,7 +112,18 @@ def test_shrinking_by_hand():
     assert small.shape == (2, 4, 3) and small.dtype == np.uint8 and small[0, :, 0].tolist() == [15, 65, 115, 165]
     tall, turned = shrink(image.transpose(1, 0, 2).copy(), label.T, short=2)
     assert (turned == ids.T).all() and (tall == small.transpose(1, 0, 2)).all()
-    assert shrink(image, label, short=5)[1] is label                            # small enough already
+    assert shrink(image, label, short=5)[1] is shrink(image, label, short=6)[1] is label       # small enough already
+    assert shrink(image, label)[1] is label and shrink(np.zeros((513, 520, 3), np.uint8), np.zeros((513, 520)))[1].shape == (512, 519)
+
+
+def test_ids_above_255_need_16_bits(tmp_path):
+    """256 and 65535 come through a 16-bit PNG or TIFF; a file of 8 bits may have lost them, and is refused."""
+    for kind in ("png", "tiff"):
+        Image.fromarray(np.array([[0, 256, 65535]], np.uint16)).save(tmp_path / f"a.{kind}")
+        assert read_16_bit(tmp_path / f"a.{kind}").tolist() == [[0, 256, 65535]]
+    Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "b.png")
+    with pytest.raises(InputError, match="b.png: holds L pixels of 8 bits"):
+        read_16_bit(tmp_path / "b.png")
 
 
 @pytest.mark.parametrize("content, why", [

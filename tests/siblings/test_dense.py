@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import eval
@@ -32,6 +33,30 @@ def test_logits_are_cosines_times_clips_scale(net):
     logits = net(torch.randn(1, 3, 64, 64), torch.cat([text, -text]))["logits"]
     assert logits.shape == (1, 2, 32, 32) and logits.abs().max() <= net.vlm.logit_scale * (1 + 1e-5)
     assert torch.allclose(logits[:, 0], -logits[:, 1], atol=1e-4)
+
+
+def test_logits_by_hand(net):
+    """Of two pictures wider than high: four maps normed, projected, up-sampled, added; GELU, linear, cosine, CLIP's scale."""
+    image, text = torch.randn(2, 3, 64, 128), F.normalize(torch.randn(7, 64), dim=-1)
+    f = 0
+    for fuse, m in zip(net.fusion, net.vlm.features(image).maps, strict=True):
+        x = F.layer_norm(m.movedim(1, -1), m.shape[1:2], fuse.norm.weight, fuse.norm.bias, 1e-6)
+        f = f + F.interpolate((x @ fuse.proj.weight.T + fuse.proj.bias).movedim(-1, 1), (32, 64), mode="bilinear")
+    u = F.gelu(f).movedim(1, -1) @ net.head.weight.T + net.head.bias
+    want = net.vlm.logit_scale * (u / u.norm(dim=-1, keepdim=True)) @ text.T
+    out = net(image, text)
+    assert len(net.fusion) == 4 and out["logits"].shape == (2, 7, 32, 64) and net.vlm.logit_scale > 1
+    torch.testing.assert_close(out["logits"].movedim(1, -1), want, rtol=1e-4, atol=1e-4)
+    answer = net.answer(out, 1)
+    assert torch.equal(answer.maps, out["logits"][1]) and answer.mix is None and not answer.none
+    assert torch.equal(answer.gate(answer.maps), answer.maps)               # scores already: nothing is bent
+
+
+def test_images_without_a_label_cost_nothing(net):
+    """No pixel to divide by: a loss of 0, not NaN."""
+    labels = torch.full((1, 1, 3), IGNORE)
+    (_, loss), = net.terms(dict(logits=torch.zeros(1, 2, 1, 3)), Batch(None, labels, [], net.totals(labels), 1)).values()
+    assert loss == 0
 
 
 def test_the_loss_by_hand(net):

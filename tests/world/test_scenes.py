@@ -39,7 +39,9 @@ def test_43_of_64_objects_are_seen_and_every_colour_and_shape_is_among_them():
     assert {c for c, _ in seen} == set(COLOURS) and {s for _, s in seen} == set(SHAPES)
     assert {c for c, _ in unseen} == set(COLOURS)
     assert [OBJECTS[i] for i in UNSEEN[:4]] == ["red circle", "red star", "red ring", "orange square"]
-    assert OBJECTS[0] == "red circle" and OBJECTS[63] == "white moon" and World.names[64] == "grass"
+    assert OBJECTS[0] == "red circle" and OBJECTS[63] == "white moon"
+    assert World.names[64:] == ("grass", "sky", "sand", "water", "brick", "gravel")
+    assert World.groups == {"seen": SEEN, "unseen": UNSEEN, "stuff": (64, 65, 66, 67, 68, 69)}
 
 
 def test_training_scenes_hold_no_unseen_class_and_test_scenes_do():
@@ -85,6 +87,12 @@ def test_every_pixel_of_the_world_is_labelled():
     for sample in World("val", length=30):
         assert sample["label"].shape == (64, 64) and sample["label"].dtype == torch.int64
         assert 0 <= sample["label"].min() and sample["label"].max() < len(World.names) == 70
+
+
+def test_the_key_tells_split_and_seed_apart():
+    """Scores are kept by it: other scenes, another key."""
+    worlds = [World(split, seed=seed) for split in ("train", "val") for seed in (0, 1)]
+    assert [world.key for world in worlds] == ["train 0", "train 1", "val 0", "val 1"]
 
 
 def test_an_unknown_shape_is_named():
