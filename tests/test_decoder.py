@@ -295,3 +295,10 @@ def test_a_new_dysample_is_bilinear_to_within_a_hundredth():
     """It learns to look elsewhere from there."""
     x = torch.randn(2, 8, 5, 7)
     assert (DySample(8)(x) - F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)).abs().max() < 0.01
+
+
+def test_a_new_pixel_head_says_the_mean_image_whatever_it_is_given_and_still_listens():
+    """CLIP's mean colour to within a fiftieth, and not exactly: with zero weights no gradient would reach the map."""
+    out = small()(codes(), torch.randn(2, 3, 12))["image"]
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+    assert 1e-4 < (out - mean).abs().max() < 0.02

@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
 import pat
 import san
 import train
 from cli import InputError
+from data import PADDING
 from published.images_of import training_set
 from runs import build, changed, flat, load_config, load_run, model_class, trained_state
 from tests.helpers import TINY, TINY_OF, encoded, micro_batches, pack, picture, tiny
@@ -288,6 +290,46 @@ def test_norms_positions_queries_and_codebooks_do_not_decay():
         assert where[name], name
     for name in ("side.blocks.0.attn.qkv.weight", "side.blocks.0.attn.qkv.bias", "background", "decoder.lift.late.weight"):
         assert not where[name], name
+
+
+def test_only_the_very_names_of_positions_queries_and_codebooks_are_free_of_decay():
+    """A layer called "compose" holds "pos" and decays all the same; so do its codebook's own linear and a pose."""
+    class Other(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rates, self.compose, self.codebook_in = {}, torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+            self.pose, self.pos_embed, self.codebook = (torch.nn.Parameter(torch.ones(1)) for _ in range(3))
+
+    model = Other()
+    decay, free = parameter_groups(model, Recipe())
+    assert {name for name, p in model.named_parameters() if any(p is other for other in free["params"])} == {"pos_embed", "codebook"}
+    assert decay["weight_decay"] == 1e-4 and free["weight_decay"] == 0 and len(decay["params"]) == 5
+
+
+def test_padding_is_told_apart_from_what_nobody_labelled(monkeypatch):
+    """Of a row class 3, void, padding, a model is told labels 3, -1, -1, and that the last one is not inside; nor do the
+    totals count it."""
+    config, told = tiny("san", batch=1), []
+    model = build(config.run).train()
+    (image, labels, numbers), = micro_batches(config)
+    labels[:] = -1
+    labels[0, :, :30], labels[0, :, 40:] = 3, PADDING
+    terms, totals = model.terms, model.totals
+    monkeypatch.setattr(model, "terms", lambda out, batch: told.append(batch) or terms(out, batch))
+    monkeypatch.setattr(model, "totals", lambda labels: told.append(labels) or totals(labels))
+    gradients(model, model.vlm.embed_text(World.train_names), [(image, labels, numbers)], config)
+    counted, batch = told
+    assert torch.equal(batch.labels, counted) and batch.labels[0, 5].tolist() == [3] * 30 + [-1] * 34
+    assert batch.inside[0, 5].tolist() == [True] * 40 + [False] * 24 and batch.inside.shape == labels.shape
+
+
+def test_rows_that_a_model_says_are_new_lose_their_moments_within_the_step(monkeypatch, unscored, tmp_path):
+    """after_step names the one row of the background: its moments are zero in the checkpoint, the others' are not."""
+    monkeypatch.setattr(san.SAN, "after_step", lambda self, *_: {self.background: torch.ones(1).bool()})
+    run = train.train(tiny("san", steps=1, out=str(tmp_path / "run")))
+    state = load_file(run / "checkpoint.safetensors")
+    assert not state["adam.exp_avg.background"].any() and not state["adam.exp_avg_sq.background"].any()
+    assert state["adam.exp_avg.side.query_embed"].any() and state["adam.step.background"] == 1
 
 
 def test_presets_are_the_papers_recipe():

@@ -69,7 +69,7 @@ MUTATIONS = [
     Mutation("decoder.py", "DySample gives groups each other's offsets",
              "offset = offset.reshape(B * self.groups, 2, 2 * h",
              "offset = offset.view(B, 2, self.groups, 2 * h, 2 * w).transpose(1, 2).reshape(B * self.groups, 2, 2 * h"),
-    Mutation("decoder.py", "DySample starts far from bilinear", "std=0.001", "std=0.1"),
+    Mutation("decoder.py", "DySample starts far from bilinear", "self.offset.weight, std=0.001", "self.offset.weight, std=0.1"),
     Mutation("decoder.py", "keys and values max-pooled", "F.avg_pool2d(x, pool)", "F.max_pool2d(x, pool)"),
     Mutation("decoder.py", "the map looks at itself pooled only in training", "if pool > 1 else y",
              "if pool > 1 and self.training else y"),

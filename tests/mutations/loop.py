@@ -23,7 +23,7 @@ MUTATIONS = [
              "image, label = image[:, ::-1], label"),
     Mutation("data.py", "flipped upside down", "image, label = image[:, ::-1], label[:, ::-1]",
              "image, label = image[::-1], label[::-1]"),
-    Mutation("data.py", "padding is class 0", "constant_values=IGNORE", "constant_values=0"),
+    Mutation("data.py", "padding is class 0", "constant_values=PADDING", "constant_values=0"),
     Mutation("data.py", "padding is black", "constant_values=128", "constant_values=0"),
     Mutation("data.py", "half the brightness", "rng.uniform(-32, 32)", "rng.uniform(-16, 16)"),
     Mutation("data.py", "a narrow contrast", "rng.uniform(0.5, 1.5, 2)", "rng.uniform(0.8, 1.2, 2)"),

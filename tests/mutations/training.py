@@ -33,10 +33,10 @@ MUTATIONS = [
 
     # ---- gradients ----
     Mutation(TRAIN, "totals of this process alone",
-             "totals = summed(sum(bare.totals(labels) for _, labels, _ in micro_batches))",
-             "totals = sum(bare.totals(labels) for _, labels, _ in micro_batches)"),
+             "totals = summed(sum(bare.totals(labels) for _, labels, _, _ in micro_batches))",
+             "totals = sum(bare.totals(labels) for _, labels, _, _ in micro_batches)"),
     Mutation(TRAIN, "totals of the first pass alone",
-             "summed(sum(bare.totals(labels) for _, labels, _ in micro_batches))",
+             "summed(sum(bare.totals(labels) for _, labels, _, _ in micro_batches))",
              "summed(bare.totals(micro_batches[0][1]))"),
     Mutation(TRAIN, "the loss is a sum over passes", "for weight, term in terms.values()) / n\n",
              "for weight, term in terms.values())\n"),
@@ -135,7 +135,7 @@ MUTATIONS = [
     Mutation(TRAIN, "resuming stops where it stopped",
              """stop = settings(config, [f"stop_at={args.get('stop_at', 0)}"])""", "stop = {}"),
     Mutation(TRAIN, "--ablate switches nothing off", "        config = changed(config, **rows[row])\n", ""),
-    Mutation(TRAIN, "--init keeps its own CLIP", "            config = changed(config, pretrained=began.pretrained)\n",
+    Mutation(TRAIN, "--init keeps its own CLIP", "            config = changed(config, vlm=began.vlm, pretrained=began.pretrained)\n",
              "            pass\n"),
     Mutation(TRAIN, "--init wins over --pretrained", ' and "pretrained" not in numbers:', ":"),
 
