@@ -205,5 +205,5 @@ if __name__ == "__main__":
     disc = (yy**2 + xx**2 < 0.5).float().expand(1, 8, 16, 16)
     up = DySample(8)
     Image.fromarray((up(up(disc))[0, 0].detach() * 255).clamp(0, 255).byte().numpy()).resize((512, 512), 0).save("dysample.png")
-    plain = F.interpolate(disc, scale_factor=2, mode="bilinear")
-    print(f"DySample at initialisation is bilinear to within {(up(disc) - plain).abs().max():.4f}")
+    error = (up(disc) - F.interpolate(disc, scale_factor=2, mode="bilinear")).abs().max()
+    print(f"DySample at initialisation is bilinear to within {error:.4f}")

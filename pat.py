@@ -75,7 +75,8 @@ class PATConfig:
     align_latent: bool = False         # L_align on the latent too, not only on the pyramid
     perceptual: bool = True            # LPIPS-VGG in L_rec; its backbone is a file to be had once
     crf_samples: int = 1000            # pixels an image and stage
-    restart_after: float = 25_000      # a code restarts that is not used once where an even share is so many uses; 0: never
+    restart_after: int = 240           # images that a code may fall behind before it restarts; 0 = never
+    restart_share: float = 0.1         # what is expected of a code: this fraction of an even share of the features
 
 
 class TokenMixer(nn.Module):
@@ -200,7 +201,7 @@ class PAT(TokenPyramid, SAN):
         SMALL_SIDE, hs_heads=6, mixer_hidden=96, decoder_width=64, decoder_heads=4, spade_hidden=32,
         points=WORLD_POINTS, crf_samples=128,
         w_vq=5.0, w_align=6.0, w_rec=60.0,     # 0.1, 0.1 and 1 in the paper, which trains 140 times longer and adds LPIPS
-        perceptual=False, restart_after=250)
+        perceptual=False, restart_after=80)
     ABLATIONS = {                          # the rows of the paper's Table II
         "no-vmf": dict(vmf=False), "scales-4-4-4": dict(scales=(4, 4, 4)), "scales-1-1-1": dict(scales=(1, 1, 1)),
         "no-align": dict(align="none"), "no-mixer": dict(mixer=False), "no-residual": dict(residual=False),
@@ -259,7 +260,7 @@ class PAT(TokenPyramid, SAN):
             for n, before in zip(sizes, [0, *sizes]))
         self.decoder = decoder("masks") if c.separate_decoders else decoder("masks", "pixels")
         self.pixel_decoder = decoder("pixels") if c.separate_decoders else None
-        for stage, vq in self.quantisers().items():           # expected uses since each code's last; inf: has not begun
+        for stage, vq in self.quantisers().items():           # how many images each code is behind; inf: has not begun
             vq.register_buffer("idle", torch.full([len(self.codebook(stage))], torch.inf))
         self.uses, self.last = {}, {}      # stage -> uses of each code since the last logged line; the last step's features
 
@@ -340,7 +341,7 @@ class PAT(TokenPyramid, SAN):
                 candidates = summed(features_at(x, inside, numbers, step * batch + image, (place + 0.5) / P))     # (K,D)
                 after = c.restart_after if vq.vmf and step < 0.85 * config.recipe.steps else 0
                 candidates = g(candidates) if vq.vmf else candidates
-                put = restart_dead_codes(vq.codebook, vq.idle, summed(counts), candidates, after)
+                put = restart_dead_codes(vq.codebook, vq.idle, summed(counts), candidates, batch, after, c.restart_share)
                 new[vq.codebook], restarted = put, int(put.sum())
             self.uses[stage] = self.uses.get(stage, 0) + counts
             self.last[stage] = remembered[0][1][stage][1], restarted

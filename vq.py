@@ -175,17 +175,17 @@ def features_at(x, inside, numbers, images, places):
 
 
 @torch.no_grad()
-def restart_dead_codes(codebook, idle, counts, candidates, restart_after):
-    """Put codes onto features of this batch, in place: those that have not begun, and those that nobody chooses.
+def restart_dead_codes(codebook, idle, counts, candidates, images, restart_after, share):
+    """Put codes onto features of this batch, in place: those that have not begun, and those that hardly anybody chooses.
 
-    codebook (K,D); idle (K): how often an even share of the features would have used each code since its last use, inf
-    for one that has not begun; counts (K) of this step over all processes; candidates (K,D) one feature a code, the same
-    on every process.  A code is dead once idle reaches `restart_after` expected uses (0: never): a count of uses, not of
-    steps, means the same for 128 codes of 8,192 features and for 256 codes of 512.  -> which codes (K) bool were put.
+    codebook (K,D); idle (K): how many images each code is behind, inf for one that has not begun; counts (K) of this
+    step's `images`, over all processes; candidates (K,D) one feature a code, the same on every process.  Expected is
+    `share` of an even share: images without a use set a code back by as many, uses make up for as many as they would be
+    expected in; at `restart_after` it is dead (0: never).  -> which codes (K) bool were put.
     """
-    put = idle.isinf()
-    idle += counts.sum() / len(counts)
-    idle[counts > 0] = 0
+    put, expected = idle.isinf(), (share * counts.sum() / len(counts) / images).clamp(min=1e-9)       # uses an image
+    idle += images - counts / expected
+    idle.clamp_(min=0)
     if restart_after:
         put |= idle >= restart_after
     codebook[put] = candidates[put].to(codebook)

@@ -1,9 +1,11 @@
-"""Tests run from anywhere, on the files of this folder, with one fixed seed each; kernels without a GPU interpreted."""
+"""Tests run from anywhere, on the files of this folder, with one fixed seed and one thread each; kernels without a GPU
+interpreted."""
 
 import os
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"                           # before torch is imported; and for the commands we start
 os.environ["PYTHONPATH"] = str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", "")     # for the commands we start
 
 import pytest  # noqa: E402

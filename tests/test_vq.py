@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vq import (assign, assign_dot, codebook_health, commitment_loss, nearest, quantise, restart_dead_codes, straight_through,
-                vMFVQ)
+from data import rng_for
+from vq import (assign, assign_dot, codebook_health, commitment_loss, features_at, nearest, quantise, restart_dead_codes,
+                straight_through, vMFVQ)
 
 
 def test_a_feature_takes_the_code_it_points_to_most():
@@ -171,27 +172,69 @@ def test_perplexity_alone_is_fooled_by_a_collapsed_codebook_and_the_other_two_ar
     assert codebook_health(counts, apart, apart.repeat(50, 1))["bf16"] == 1.0
 
 
-def test_only_codes_unused_for_enough_expected_uses_restart():
-    """Six features for three codes: two each if shared evenly.  Idle 0, 4, 4 before: with restart_after 6 the second is
-    used now, the third was due six uses without one and starts again on its candidate."""
+def test_a_code_falls_behind_image_by_image_and_uses_make_up_for_as_many_as_they_were_expected_in():
+    """Eight images, 80 features, two codes: an even share is 5 uses an image, a tenth of it .5.  Two uses make up for 4
+    images of the 8, twenty for all and no more; 0 uses: 8 further behind."""
+    codebook, idle = torch.zeros(2, 1), torch.tensor([10.0, 10.0])
+    for counts, behind in (([78, 2], [0, 14]), ([60, 20], [0, 0]), ([80, 0], [0, 8])):
+        put = restart_dead_codes(codebook, idle, torch.tensor(counts), torch.ones(2, 1), 8, 100, 0.1)
+        assert idle.tolist() == pytest.approx(behind) and not put.any()
+
+
+def test_only_codes_far_enough_behind_restart_and_begin_anew():
+    """Four images a step, unused codes: 0, 4 and 4 behind become 4, 0 (it was used) and 8, which is the limit."""
     codebook, idle = torch.zeros(3, 2), torch.tensor([0.0, 4.0, 4.0])
-    put = restart_dead_codes(codebook, idle, torch.tensor([0, 6, 0]), torch.full((3, 2), 9.0), 6)
+    put = restart_dead_codes(codebook, idle, torch.tensor([0, 6, 0]), torch.full((3, 2), 9.0), 4, 8, 0.1)
     assert put.tolist() == [False, False, True]
-    assert codebook.tolist() == [[0, 0], [0, 0], [9, 9]] and idle.tolist() == [2, 0, 0]
+    assert codebook.tolist() == [[0, 0], [0, 0], [9, 9]] and idle.tolist() == [4, 0, 0]
 
 
-def test_one_use_is_enough_to_stay():
-    """A rare code is not a dead one: once in a hundred thousand features it was chosen."""
-    codebook, idle = torch.zeros(2, 1), torch.zeros(2)
-    put = restart_dead_codes(codebook, idle, torch.tensor([99_999, 1]), torch.ones(2, 1), 5)
-    assert not put.any() and idle.tolist() == [0, 0]
+@pytest.mark.parametrize("features, codes", [(8192, 128), (512, 256)])
+def test_a_code_used_as_expected_lives_in_every_stage(features, codes):
+    """Ten steps of eight images with uses of a fifth of an even share: no code dies of a tenth, all die of a half."""
+    for share, dies in ((0.1, False), (0.5, True)):
+        codebook, idle, dead = torch.zeros(codes, 1), torch.zeros(codes), torch.zeros(codes, dtype=torch.bool)
+        counts = torch.full((codes,), 0.2 * features / codes)
+        counts[0] += features - counts.sum()
+        for _ in range(20):
+            dead |= restart_dead_codes(codebook, idle, counts, torch.ones(codes, 1), 8, 80, share)
+        assert dead[1:].all() == dead[1:].any() == dies and not dead[0]
 
 
 def test_a_code_that_has_not_begun_begins_on_a_feature_used_or_not_and_only_once():
-    """Idle inf: it starts on its candidate in the first step, whatever it was chosen for; 0 uses: it never restarts."""
+    """Idle inf: it starts on its candidate in the first step, whatever it was chosen for; restart_after 0: only then.  A
+    step without any feature changes nothing."""
     codebook, idle, candidates = torch.zeros(2, 1), torch.full((2,), torch.inf), torch.tensor([[3.0], [4.0]])
-    assert restart_dead_codes(codebook, idle, torch.tensor([5, 0]), candidates, 0).all()
+    assert restart_dead_codes(codebook, idle, torch.tensor([5, 0]), candidates, 2, 0, 0.1).all()
     assert codebook.tolist() == [[3], [4]] and idle.tolist() == [0, 0]
     for _ in range(3):
-        assert not restart_dead_codes(codebook, idle, torch.tensor([1000, 0]), -candidates, 0).any()
-    assert codebook.tolist() == [[3], [4]] and idle.tolist() == [0, 1500]
+        assert not restart_dead_codes(codebook, idle, torch.tensor([1000, 0]), -candidates, 2, 0, 0.1).any()
+    assert codebook.tolist() == [[3], [4]] and idle.tolist() == [0, 6]
+    assert not restart_dead_codes(codebook, idle, torch.tensor([0, 0]), -candidates, 2, 80, 0.1).any()
+    assert codebook.tolist() == [[3], [4]] and idle.isfinite().all()
+
+
+def test_features_at_is_the_loop_over_whoever_holds_the_image():
+    """As loops; an image that nobody here holds offers zeros, so the sum over processes is right."""
+    x, numbers, all_ = torch.randn(3, 4, 5, 2), torch.tensor([12, 10, 17]), torch.ones(3, 5, 2, dtype=torch.bool)
+    rng = rng_for(0)
+    images, places = 10 + rng.integers(8, size=20), rng.random(20)
+    expected = torch.zeros(20, 4)
+    for k in range(20):
+        for b in (numbers == int(images[k])).nonzero()[:, 0].tolist():
+            expected[k] = x.flatten(2)[b, :, int(places[k] * 10)]
+    found = features_at(x, all_, numbers, images, places)
+    assert torch.equal(found, expected) and 0 < (found == 0).all(1).sum() < 20
+    halves = [features_at(x[part], all_[part], numbers[part], images, places) for part in (slice(0, 1), slice(1, 3))]
+    assert torch.equal(sum(halves), expected)
+    assert torch.equal(features_at(x, all_, numbers, [17], [0.999999])[0], x[2, :, 4, 1])
+    all_[2, :, 1], all_[2, 3:] = False, False                 # of image 17 three features of the first column are left
+    thirds = features_at(x, all_, numbers, [17, 17, 17], [0.1, 0.5, 0.999999])
+    assert torch.equal(thirds, x[2, :, :3, 0].T)
+
+
+def test_a_codebook_that_is_given_goes_before_its_own():
+    vq, other = vMFVQ(6, 5, 4), torch.randn(3, 4)
+    tokens = vq(torch.randn(1, 6, 4, 4), other)
+    torch.testing.assert_close(tokens.zq, F.normalize(other, dim=1)[tokens.index].permute(0, 3, 1, 2))
+    assert torch.equal(vq.codes(other), F.normalize(other, dim=1)) and vq.codes().shape == (5, 4)

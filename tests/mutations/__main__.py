@@ -64,7 +64,7 @@ def copied(root, to):
 def failing(tree, tests, limit):
     """(the first test that fails, None where all pass, "hangs" past `limit` seconds; seconds) of a tree."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}          # no bug is read from a cache
-    command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", "-p", "no:randomly", *tests.split()]
+    command = [sys.executable, "-m", "pytest", "-xq", "-n0", "-p", "no:cacheprovider", "-p", "no:randomly", *tests.split()]
     start = time.monotonic()
     with subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           start_new_session=True) as process:

@@ -43,9 +43,12 @@ MUTATIONS = [
     Mutation(VQ, "bf16 is never tried", "choose(x.bfloat16().to(x.dtype), codes)", "choose(x, codes)"),
 
     # ---- how codes live ----
-    Mutation(VQ, "a rare code is a dead one", "idle[counts > 0] = 0", "idle[counts > 1] = 0"),
-    Mutation(VQ, "uses reset nothing", "    idle[counts > 0] = 0\n", ""),
-    Mutation(VQ, "steps are counted, not expected uses", "idle += counts.sum() / len(counts)", "idle += 1"),
+    Mutation(VQ, "uses make up for nothing", "idle += images - counts / expected", "idle += images"),
+    Mutation(VQ, "steps are counted, not images", "idle += images - counts / expected", "idle += 1 - counts / expected / images"),
+    Mutation(VQ, "uses count in hand for ever", "    idle.clamp_(min=0)\n", ""),
+    Mutation(VQ, "all is expected of a code", "(share * counts.sum()", "(counts.sum()"),
+    Mutation(VQ, "as much is expected in every stage", "(share * counts.sum() / len(counts) / images)", "(share * counts.sum() / counts.sum())"),
+    Mutation(VQ, "a step without features divides by zero", "/ images).clamp(min=1e-9) ", "/ images)"),
     Mutation(VQ, "codes begin where they were initialised", "put = idle.isinf()", "put = idle.isnan()"),
     Mutation(VQ, "a restarted code is restarted for ever", "    idle[put] = 0\n", ""),
     Mutation(VQ, "restart_after=0 restarts at once", "    if restart_after:\n", "    if True:\n"),
