@@ -79,12 +79,12 @@ def test_a_run_tells_what_was_caught_by_which_test_and_what_survived(tree, capsy
 
 
 def test_a_test_that_never_ends_has_noticed(tree):
-    assert failing(tree, "tests/test_slow.py", 2)[0] == "hangs"
+    assert failing(tree, ["tests/test_slow.py"], 2)[0] == "hangs"
 
 
 def test_a_bug_that_has_no_place_is_an_error_and_not_a_survivor(tree):
     with pytest.raises(ValueError, match="sums.py: nowhere: its `old` occurs 0 times"):
-        mutated(tree, Mutation("sums.py", "nowhere", "a / b", "a"), 60)
+        mutated(tree, Mutation("sums.py", "nowhere", "a / b", "a"), ["tests"], 60)
 
 
 def test_without_git_hidden_files_and_caches_stay_behind(tree, monkeypatch):

@@ -593,8 +593,12 @@ def one_step(config, rank=0, processes=1, step=0):
 
 
 def codes_and_counters(config, rank=0, processes=1):
-    """Every codebook and counter after one step of restarts, and what is logged of them."""
+    """Every codebook and counter after a step in which all codes start and one in which the unused ones restart, and what
+    is logged of them."""
     model, _ = one_step(config, rank, processes)
+    text, parts = model.vlm.embed_text(World.train_names), micro_batches(config, rank, processes, step=1)
+    _, remembered = gradients(model, text, parts, config, processes)
+    model.after_step(remembered, 1, config)
     logged = model.log()
     assert sum(line["restarted"] for line in logged.values()) > 0
     state = {n: p.detach().clone() for n, p in model.state_dict().items() if "codebook" in n or "idle" in n}

@@ -4,7 +4,8 @@
     python -m tests.mutations --short                                one bug in each quick file, two minutes
 
 A line a bug: caught, by which test, or SURVIVED.  Exit 1 if fewer than 97 % of those without a `survives` are caught.
-Nothing is changed here: each worker has a copy of the working tree.
+Nothing is changed here: each worker has a copy of the working tree.  The tests of a file are run once without a bug, then
+with each of its bugs the quickest first, up to the first that fails.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import pkgutil
 import queue
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from xml.etree import ElementTree
 
 from tqdm import tqdm
 
@@ -62,9 +65,9 @@ def copied(root, to):
 
 
 def failing(tree, tests, limit):
-    """(the first test that fails, None where all pass, "hangs" past `limit` seconds; seconds) of a tree."""
+    """(the first test that fails, None where all pass, "hangs" past `limit` seconds; seconds) of words given to pytest."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}          # no bug is read from a cache
-    command = [sys.executable, "-m", "pytest", "-xq", "-n0", "-p", "no:cacheprovider", "-p", "no:randomly", *tests.split()]
+    command = [sys.executable, "-m", "pytest", "-xq", "-n0", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]
     start = time.monotonic()
     with subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           start_new_session=True) as process:
@@ -78,7 +81,15 @@ def failing(tree, tests, limit):
     return (name if process.returncode else None), time.monotonic() - start
 
 
-def mutated(tree, mutation, limit):
+def sound(tree, tests):
+    """`failing` of a tree without a bug, and its tests one by one, the quickest first."""
+    report = tree / "tests.xml"
+    fate = failing(tree, [*shlex.split(tests), f"--junitxml={report}"], 3600)
+    cases = sorted(ElementTree.parse(report).iter("testcase"), key=lambda case: float(case.get("time")))
+    return *fate, [f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}" for case in cases]
+
+
+def mutated(tree, mutation, tests, limit):
     """`failing` of a tree with the bug in it; the tree is then as it was."""
     path = tree / mutation.file
     text = path.read_text()
@@ -86,7 +97,7 @@ def mutated(tree, mutation, limit):
         raise ValueError(f"{mutation.file}: {mutation.what}: its `old` occurs {text.count(mutation.old)} times")
     path.write_text(text.replace(mutation.old, mutation.new))
     try:
-        return failing(tree, given(mutation), limit)
+        return failing(tree, tests, limit)
     finally:
         path.write_text(text)
 
@@ -120,15 +131,18 @@ def run(root, chosen, processes=1, short=False):
 
     with tempfile.TemporaryDirectory() as folder:
         trees = [copied(root, Path(folder) / str(k)) for k in range(processes)]
-        alone = {tests: (None, 54) for tests in map(given, chosen)}                    # in short: ten minutes each
+        alone = {tests: (None, 54, shlex.split(tests)) for tests in map(given, chosen)}       # in short: ten minutes each
         if not short:
-            alone = dict(each(alone, lambda tree, tests: failing(tree, tests, 3600), trees, "without a bug"))
+            alone = dict(each(alone, sound, trees, "without a bug"))
         for m in chosen:
             if alone[given(m)][0]:
-                tell(m, "tests fail already", *alone[given(m)])
-        sound = [m for m in chosen if m not in fates]
-        for m, (name, seconds) in each(sound, lambda tree, m: mutated(tree, m, 10 * alone[given(m)][1] + 60), trees,
-                                       "with a bug"):
+                tell(m, "tests fail already", *alone[given(m)][:2])
+
+        def work(tree, m):
+            _, seconds, tests = alone[given(m)]
+            return mutated(tree, m, tests, 10 * seconds + 60)
+
+        for m, (name, seconds) in each([m for m in chosen if m not in fates], work, trees, "with a bug"):
             tell(m, "caught" if name else "survives" if m.survives else "SURVIVED", name or m.survives, seconds)
     for file in (*sorted({m.file for m in chosen}), "total"):
         counts = Counter(fate for m, fate in fates.items() if file in (m.file, "total"))

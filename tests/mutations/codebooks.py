@@ -49,7 +49,7 @@ MUTATIONS = [
     Mutation(VQ, "all is expected of a code", "(share * counts.sum()", "(counts.sum()"),
     Mutation(VQ, "as much is expected in every stage", "(share * counts.sum() / len(counts) / images)", "(share * counts.sum() / counts.sum())"),
     Mutation(VQ, "a step without features divides by zero", "/ images).clamp(min=1e-9) ", "/ images)"),
-    Mutation(VQ, "codes begin where they were initialised", "put = idle.isinf()", "put = idle.isnan()"),
+    Mutation(VQ, "codes begin where they were initialised", "put, expected = idle.isinf()", "put, expected = idle.isnan()"),
     Mutation(VQ, "a restarted code is restarted for ever", "    idle[put] = 0\n", ""),
     Mutation(VQ, "restart_after=0 restarts at once", "    if restart_after:\n", "    if True:\n"),
     Mutation(VQ, "dead codes share one candidate", "candidates[put].to(codebook)", "candidates[:1].to(codebook)"),

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 
-from clip import CLIPConfig
+import train
 from cli import InputError
+from clip import CLIPConfig
 from published import san_checkpoints
 from published.san_checkpoints import NOT_PARAMETERS, PUBLISHED, from_published, import_published, main, our_key, read_published
 from runs import build, changed, fingerprint, load_run, preset
 from san import SAN, SANConfig, trainable
-from tests.helpers import TEXT, images, published_layout, randomised
+from tests.helpers import TEXT, images, published_layout, randomised, smaller
 
 KEYS = Path(__file__).parent.parent / "san_vit_b_16_keys.txt"
 
@@ -213,3 +215,44 @@ def test_from_the_shell_a_failure_ends_with_status_2(tmp_path):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and done.stderr.startswith("error: gone.pth: cannot be read"), done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_vit(monkeypatch):
+    """open_clip's ViT-B/16 made small, at its own width, which is what the import knows it by."""
+    smaller(monkeypatch, {"layers": 4}, {"layers": 1, "width": 8, "heads": 1, "vocab_size": 8}, 4)
+
+
+SMALL = dict(width=24, depth=4, heads=2, queries=5, head_width=16, depths=(0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("name, quick", [("ViT-B-16-gelu", False), ("ViT-B-16-quickgelu", True)])
+@torch.no_grad()
+def test_a_san_over_a_clip_not_openais_says_its_activation_and_then_loads(small_vit, tmp_path, name, quick):
+    """Weights that no half precision holds are not OpenAI's.  Without a name: one line, and nothing is left; with it the
+    run loads, answers as the model did, and PAT that starts from it stands on the same CLIP."""
+    model = randomised(build(preset("coco", "san", vlm=name, pretrained="none", **SMALL)))
+    torch.save({"model": published_layout(model)}, tmp_path / "san.pth")
+    config = preset("coco", "san", **SMALL)
+    with pytest.raises(InputError, match="san.pth: its clip.safetensors: not OpenAI's.*--vlm ViT-B-16-gelu") as error:
+        import_published(tmp_path / "san.pth", tmp_path / "run", config)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["san.pth"]
+    import_published(tmp_path / "san.pth", tmp_path / "run", config, vlm=name)
+    loaded, found = load_run(tmp_path / "run")
+    assert found.net.clip.vlm == name and isinstance(loaded.vlm.blocks[0].mlp.gelu, QuickGELU) == quick
+    image = images(1, 64, 64)
+    assert torch.equal(model.eval()(image, torch.ones(1, 512))["masks"][0], loaded(image, torch.ones(1, 512))["masks"][0])
+    clip = train.parse(["--preset", "coco", "--init", str(tmp_path / "run")])[0].run.net.clip
+    assert (clip.vlm, clip.pretrained) == (name, str(tmp_path / "run" / "clip.safetensors"))
+
+
+@torch.no_grad()
+def test_a_san_over_openais_clip_needs_no_name(small_vit, tmp_path):
+    """Half-precision matrices are OpenAI's, and so is quick-GELU."""
+    model = randomised(build(preset("coco", "san", pretrained="none", **SMALL)))
+    proj = model.vlm.model.visual.proj
+    proj.copy_(proj.half())
+    torch.save({"model": published_layout(model)}, tmp_path / "san.pth")
+    import_published(tmp_path / "san.pth", tmp_path / "run", preset("coco", "san", **SMALL))
+    loaded, found = load_run(tmp_path / "run")
+    assert found.net.clip.vlm == "ViT-B-16" and isinstance(loaded.vlm.blocks[0].mlp.gelu, QuickGELU)
