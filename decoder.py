@@ -204,6 +204,7 @@ if __name__ == "__main__":
     yy, xx = torch.meshgrid(torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 16), indexing="ij")
     disc = (yy**2 + xx**2 < 0.5).float().expand(1, 8, 16, 16)
     up = DySample(8)
-    Image.fromarray((up(up(disc))[0, 0].detach() * 255).clamp(0, 255).byte().numpy()).resize((512, 512), 0).save("dysample.png")
+    twice = (255 * up(up(disc))[0, 0].detach()).clamp(0, 255).byte()
+    Image.fromarray(twice.numpy()).resize((512, 512), 0).save("dysample.png")
     error = (up(disc) - F.interpolate(disc, scale_factor=2, mode="bilinear")).abs().max()
     print(f"DySample at initialisation is bilinear to within {error:.4f}")

@@ -114,8 +114,8 @@ class Segmenter(nn.Module):
         return None
 
     def after_step(self, remembered, step, config):
-        """Once the optimiser has stepped.  remembered: [(numbers (b), remember(out, batch))] of the step; config: a
-        Training.  -> {parameter: rows (bool) that are new and have no past}: the loop clears the moments of these."""
+        """Once the optimiser has stepped.  remembered: [(numbers (b), remember(out, batch))] of the step; config: a Training
+        -> {parameter: rows (bool) that are new}: the loop clears their moments."""
         return {}
 
     def log(self):

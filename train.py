@@ -158,9 +158,8 @@ def forget(optimizers, new):
     """Zero the moments of rows that are new, {parameter: rows (bool)}: what they moved like before says nothing."""
     for p, rows in new.items():
         for optimizer in optimizers:
-            for moment in optimizer.state.get(p, {}).values():
-                if moment.shape == p.shape:
-                    moment[rows] = 0
+            for moment in (kept for kept in optimizer.state.get(p, {}).values() if kept.shape == p.shape):
+                moment[rows] = 0
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
@@ -315,8 +314,7 @@ def settings(config, pairs):
 
 
 GONE = {"from-scratch": "python -m world.pretrain --train, then --pretrained FILE",      # flags of before November 2026
-        "ablations": "python -m studies.ablations", "seeds": "python -m studies.seeds --seeds",
-        "restart-share": "--set restart_after=..., in expected uses"}
+        "ablations": "python -m studies.ablations", "seeds": "python -m studies.seeds --seeds"}
 
 
 def replaced(flag):
