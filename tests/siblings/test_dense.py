@@ -55,7 +55,7 @@ def test_logits_by_hand(net):
 def test_images_without_a_label_cost_nothing(net):
     """No pixel to divide by: a loss of 0, not NaN."""
     labels = torch.full((1, 1, 3), IGNORE)
-    (_, loss), = net.terms(dict(logits=torch.zeros(1, 2, 1, 3)), Batch(None, labels, [], net.totals(labels), 1)).values()
+    (_, loss), = net.terms(dict(logits=torch.zeros(1, 2, 1, 3)), Batch(None, labels, None, [], net.totals(labels), 1)).values()
     assert loss == 0
 
 
