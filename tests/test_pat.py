@@ -276,7 +276,7 @@ def eq2(model, image, f):
 @pytest.mark.parametrize("switches", [
     {}, dict(vmf=False), dict(scales=(4, 4, 4)), dict(scales=(1, 1, 1)), dict(scales=(2, 2, 1)), dict(scales=(8, 4, 2)),
     dict(mixer=False), dict(residual=False), dict(unified=True), dict(unified=True, vmf=False), dict(depth=3)], ids=str)
-def test_the_walk_is_eq_2_to_the_last_digits_and_so_is_its_gradient(switches):
+def test_the_walk_is_eq_2_to_the_last_digits_forward_and_backward(switches):
     """On an oblong batch, with five blocks, a kappa of its own and no number as it starts, in float64.
 
     The pixel branch on its own, the detached tokenizer, gives the same three.
