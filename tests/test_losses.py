@@ -91,6 +91,12 @@ def test_uncertain_points_prefer_logits_near_zero():
     assert (points[0, :300, 0] > 0.5).all() and 0.35 < (points[0, 300:, 0] > 0.5).float().mean() < 0.65
 
 
+def test_each_mask_has_points_of_its_own():
+    """Those chosen, and those that are not: no two masks share one."""
+    points = uncertain_points(torch.zeros(2, 4, 4), 100, 3.0, 0.75, generator(1))
+    assert (torch.cdist(points[0], points[1]) > 0).all()
+
+
 def test_class_weights_are_known_before_the_forward_pass():
     """Images with 2 and 30 classes, 20 queries: 22 matched at 1, 18 others at .1."""
     assert class_weight([range(2), range(30)], 20) == pytest.approx(22 + 0.1 * 18)
@@ -105,6 +111,29 @@ def test_segmentation_by_hand():
     assert terms["ce"].item() == pytest.approx(math.log(2))
     assert terms["mask"].item() == pytest.approx(math.log(2))
     assert terms["dice"].item() == pytest.approx(1 - 101 / 151, abs=0.06)
+
+
+def test_segmentation_is_its_formula_on_the_points_of_each_images_own_key():
+    """Two images, five queries, written out: the points drawn anew from each key, sums over the queries and masks, each
+    divided by its own share; so many points in all, three times as many looked at, three quarters of them by choice."""
+    masks, logits = torch.randn(2, 5, 8, 8), torch.randn(2, 5, 4)
+    found = [targets(torch.randint(0, 3, (16, 16))) for _ in range(2)]
+    terms = segmentation(masks, logits, found, [(0, 7), (0, 8)], num_masks=3.0, weight=11.0, points=40)
+    ce = mask = dice = 0.0
+    for b, key in enumerate([(0, 7), (0, 8)]):
+        gen, (classes, truth) = generator(*key), found[b]
+        q, m = match(masks[b], logits[b], classes, truth, torch.rand(40, 2, generator=gen))
+        said = {int(i): int(classes[j]) for i, j in zip(q, m)}
+        for i in range(5):
+            ce -= (1.0 if i in said else 0.1) * logits[b, i].log_softmax(-1)[said.get(i, 3)].item()
+        where = uncertain_points(masks[b][q], 40, 3.0, 0.75, gen)
+        assert where.shape == (len(q), 40, 2)
+        for x, t in zip(sample_at(masks[b][q], where).tolist(), sample_at(truth[m], where).tolist()):
+            p = [1 / (1 + math.exp(-v)) for v in x]
+            mask -= sum(tv * math.log(pv) + (1 - tv) * math.log(1 - pv) for pv, tv in zip(p, t)) / 40
+            dice += 1 - (2 * sum(pv * tv for pv, tv in zip(p, t)) + 1) / (sum(p) + sum(t) + 1)
+    assert terms["ce"].item() == pytest.approx(ce / 11, rel=1e-5)
+    assert terms["mask"].item() == pytest.approx(mask / 3, rel=1e-5) and terms["dice"].item() == pytest.approx(dice / 3, rel=1e-5)
 
 
 def test_an_image_without_labels_costs_only_its_no_object_queries():
@@ -180,6 +209,35 @@ def test_total_variation_of_a_constant_is_zero_and_of_a_step_is_its_square():
     assert alignment(zq, image, all_of(*zq.shape[2:]), [(0,)], "literal")["tv"] == 0 and alignment(zq, image, all_of(*zq.shape[2:]), [(0,)])["tv"] == 0
     zq[:, 0, :, 2:], zq[:, 1, :, 2:] = 0, 1
     assert alignment(zq, image, all_of(*zq.shape[2:]), [(0,)], "literal")["tv"].item() == pytest.approx(4 * 2 / 12)
+
+
+def test_total_variation_looks_down_and_to_the_right():
+    """A step down the rows costs what the same step along the columns does."""
+    zq = torch.zeros(1, 2, 4, 6)
+    zq[:, 0, :, :3], zq[:, 1, :, 3:] = 1, 1
+    across, down = (alignment(z, torch.randn(1, 3, *z.shape[2:]), all_of(*z.shape[2:]), [(0,)], "literal")["tv"].item()
+                    for z in (zq, zq.transpose(2, 3)))
+    assert across == down == pytest.approx(4 * 2 / 20)
+
+
+def test_scale_free_is_the_literal_one_over_the_mean_distance_and_crf_over_the_mean_affinity_too():
+    zq, image = F.normalize(torch.randn(2, 5, 3, 4), dim=1), torch.randn(2, 3, 3, 4)
+    parts = []
+    for z, colours in zip(zq.flatten(2).transpose(1, 2), image.flatten(2).transpose(1, 2)):
+        points = torch.tensor([[y / 3, x / 4] for y in range(3) for x in range(4)])
+        parts.append((kernel(points, colours).mean(), torch.cdist(z, z).square().mean()))
+    literal = [alignment(zq[b:b + 1], image[b:b + 1], all_of(3, 4), [(0,)], "literal") for b in range(2)]
+    found = alignment(zq, image, all_of(3, 4, 2), [(0,), (1,)])
+    torch.testing.assert_close(found["crf"], sum(one["crf"] / (K * d) for one, (K, d) in zip(literal, parts)) / 2)
+    torch.testing.assert_close(found["tv"], sum(one["tv"] / d for one, (_, d) in zip(literal, parts)) / 2)
+
+
+def test_a_cells_colour_is_the_mean_of_its_pixels():
+    """An image of four times the cells, and the same image made small by hand: the same CRF."""
+    zq, image = F.normalize(torch.randn(1, 5, 3, 4), dim=1), torch.randn(1, 3, 6, 8)
+    small = sum(image[:, :, y::2, x::2] for y in range(2) for x in range(2)) / 4
+    large, little = (alignment(zq, x, all_of(3, 4), [(0,)])["crf"] for x in (image, small))
+    torch.testing.assert_close(large, little)
 
 
 def test_crf_equals_the_naive_sum():
@@ -268,10 +326,19 @@ def test_what_stands_in_padding_changes_no_loss_and_gets_no_gradient():
 def test_a_padded_image_costs_what_it_costs_alone():
     """3x4 pixels in a corner of 6x4: every mean is over the twelve, as if the padding were not there."""
     image, hat, zq = torch.rand(1, 3, 3, 4), torch.rand(1, 3, 3, 4), F.normalize(torch.randn(1, 5, 3, 4), dim=1)
-    alone = {**reconstruction(hat, image, all_of(3, 4)), **alignment(zq, image, all_of(3, 4), [(0,)], "scale-free")}
+    metric = lambda a, b: (a - b).square().mean((1, 2, 3), keepdim=True)  # noqa: E731
+    alone = {**reconstruction(hat, image, all_of(3, 4), metric), **alignment(zq, image, all_of(3, 4), [(0,)], "scale-free")}
     image2, hat2, zq2 = (F.pad(x, (0, 0, 0, 3), value=7.0) for x in (image, hat, zq))
     inside = F.pad(all_of(3, 4), (0, 0, 0, 3))
-    padded = {**reconstruction(hat2, image2, inside), **alignment(zq2, image2, inside, [(0,)], "scale-free")}
+    padded = {**reconstruction(hat2, image2, inside, metric), **alignment(zq2, image2, inside, [(0,)], "scale-free")}
     del alone["crf"], padded["crf"]                           # positions are fractions of the whole map: other distances
     for name, value in alone.items():
         torch.testing.assert_close(value, padded[name], msg=name)
+
+
+def test_no_sample_is_spent_on_padding_where_there_is_image_left():
+    """Twelve of 64 cells are image, and twelve are sampled: all of them, whatever is drawn."""
+    zq, image = F.normalize(torch.randn(1, 4, 8, 8), dim=1), torch.randn(1, 3, 8, 8)
+    inside = F.pad(all_of(3, 4), (0, 4, 0, 5))
+    some, every = (alignment(zq, image, inside, [(key,)], "literal", samples)["crf"] for key, samples in ((5, 12), (6, 64)))
+    torch.testing.assert_close(some, every)
