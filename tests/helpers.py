@@ -378,7 +378,7 @@ class FakeModel(nn.Module):
             h, w = bright.shape[-2:]
             index = torch.arange(h * w).view(1, h, w) % 64
             code = self.codebook("early")[index].permute(0, 3, 1, 2)
-            out.update(image=to_unit(image), tokens={stage: Tokens(code, index, code, None, None) for stage in self.stages})
+            out.update(image=to_unit(image), tokens={stage: Tokens(code, index, code, None) for stage in self.stages})
         return out
 
     def answer(self, out, b):
