@@ -191,7 +191,7 @@ def test_a_token_that_shows_nothing_but_padding_is_not_counted():
     """8x20 pixels padded to 8x32, four tokens: the third shows 4 pixels, the fourth none."""
     model, index = FakeModel(), torch.tensor([[[5, 9, 5, 30]]])
     code = model.codebook("early")[index].permute(0, 3, 1, 2)
-    counts = E.count_tokens(dict(tokens={"early": Tokens(code, index, code, None, None)}, crop=(8, 20), padded=(8, 32)),
+    counts = E.count_tokens(dict(tokens={"early": Tokens(code, index, code, None)}, crop=(8, 20), padded=(8, 32)),
                             model)["early"]
     assert {k: n for k, n in enumerate(counts[:-1].tolist()) if n} == {5: 2, 9: 1} and counts[-1] == 3
 

@@ -38,7 +38,7 @@ class GreyModel:
         x = torch.stack([angles.cos(), angles.sin()])[None]                               # (1,2,a,b)
         index = torch.einsum("kd,bdhw->bkhw", self.codebook(""), x).argmax(1)
         zq = self.codebook("")[index].permute(0, 3, 1, 2)
-        return {"image": image, "tokens": {stage: Tokens(zq, index, x, None, None) for stage in STAGES}}
+        return {"image": image, "tokens": {stage: Tokens(zq, index, x, None) for stage in STAGES}}
 
 
 def grey_image(cells, width=None):
