@@ -348,7 +348,7 @@ def test_flags_that_an_ablation_decides_are_refused_in_one_line(flags, says):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--seeds", "2"], "python -m studies.ablations --seeds"), (["--ablations"], "python -m studies.ablations"),
+    (["--seeds", "2"], "python -m studies.seeds --seeds"), (["--ablations"], "python -m studies.ablations"),
     (["--from-scratch"], "python -m world.pretrain")])
 def test_train_sends_whoever_wants_an_ablation_here(flags, says):
     """These flags were train.py's; each names what replaced it, in one line."""
