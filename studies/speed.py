@@ -43,7 +43,8 @@ from cli import InputError, check_device, parse_flags, run_cli
 from data import rng_for
 from published import folder
 from published.images_of import training_set
-from runs import build, model_class
+from published.perceptual import vgg_path
+from runs import build, changed, model_class
 from train import Stream, gradients, recipe
 from world.scenes import World
 
@@ -103,6 +104,8 @@ def measure(preset, model_name, kernels, training, batch, rounds, device):
     """
     chosen = {} if kernels is None else {"kernels": kernels}
     config = recipe(preset, model_name, pretrained="none", batch=batch, **chosen)
+    if getattr(config.run.net, "perceptual", False) and not vgg_path().is_file():
+        config = changed(config, perceptual=False)            # the first line of the table says so
     torch.manual_seed(0)
     model = build(config.run).to(device).train(training)
     names = len(World.train_names) if preset == "world" else 171
@@ -193,7 +196,8 @@ def main(argv=None):
     batches = (16, 16) if args.preset == "world" else (12, 1) if args.device == "cuda" else (1, 1)
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{args.preset}, torch {torch.__version__}, {chip}, batch {batches[0]} in training, {batches[1]} in "
-          f"inference, median of {args.rounds} rounds after one")
+          f"inference, median of {args.rounds} rounds after one" +
+          (", without LPIPS, whose VGG-16 is not here" if args.preset != "world" and not vgg_path().is_file() else ""))
     print(f"{'':24}{'s/round':>9}{'images/s':>10}{'peak GiB':>10}{'vs SAN':>8}")
     kernels = ("triton", "plain") if args.device == "cuda" else ("auto",)
     rows = [("san", None), *(("pat", choice) for choice in kernels)]

@@ -10,6 +10,7 @@ import data
 from cli import InputError
 from published.folder import Folder
 from runs import build
+from studies import speed
 from studies.speed import loader, main, measure, photos, samples, timed, watch
 from train import recipe
 
@@ -50,6 +51,21 @@ def test_a_row_measures_any_model_of_the_registry(name, kernels):
         median, peak, mean, spent = measure("world", name, kernels, training, 2, 1, "cpu")
         assert 0 < sum(spent.values()) <= mean and median == mean and peak > 0
         assert "CLIP features" in spent and ("decoder" in spent) == (name == "pat")
+
+
+def test_where_vgg_is_missing_a_row_is_measured_without_lpips_and_the_table_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(speed, "recipe", lambda *args, **numbers: recipe("world", "pat", **{**numbers, "perceptual": True}))
+    assert measure("world", "pat", "auto", True, 1, 1, "cpu")[0] > 0
+
+    def first_row(*_):
+        raise InputError("enough")
+
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", first_row)
+    for preset, told in (("coco", True), ("world", False)):
+        with pytest.raises(InputError, match="enough"):
+            main(["--preset", preset])
+        assert ("without LPIPS, whose VGG-16 is not here" in capsys.readouterr().out) == told
 
 
 def test_samples_have_the_presets_size():
