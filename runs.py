@@ -134,14 +134,14 @@ def build(run):
 # --- config.json ----------------------------------------------------------------------------------------------------
 
 RENAMED = {"clip": "grad_clip"}                               # in runs of before November 2026
-OLD_VALUES = {("kernels", "torch"): "auto"}
+OLD_VALUES, NEW_VALUES = {("kernels", "torch"): "auto"}, {"perceptual": False}     # LPIPS was where its file happened to be
 
 
 def filled(config, stored):
     """A copy of `config` with what a config.json holds for it; entries it does not know are left out."""
     if stored.get("decoder_attention", "pooled") != "pooled":
         raise InputError("its decoder_attention was full, which is no more: train it again")
-    stored = {RENAMED.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+    stored = {RENAMED.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in (NEW_VALUES | stored).items()}
     stored = {name: OLD_VALUES.get((name, value), value) for name, value in stored.items()}
     return changed(config, **{name: stored[name] for name in leaves(config) if name in stored})
 
