@@ -14,7 +14,7 @@ background, which is dropped AFTER the softmax and is "none of these".
     a 480x640 photo: resized to 640x853, padded to 640x864, a (100,40,54) -> (100,640,864) -> (100,480,640)
 
 One picture at a time: padded to the size of another, to share a batch, it is named otherwise, since CLIP sees the padding
-(64x64 scenes, 8, 32 and 64 columns wider: 9, 11 and 15 % of the pixels change; of 60 scenes none stayed as it was).
+(one trial by hand, 60 scenes made 8, 32 and 64 columns wider: 9, 11 and 15 % of the pixels change, no scene stays as it was).
 
 Nothing of the size L x H x W is ever held: the answer is worked out a band of rows at a time.  Beside the overlay come
 its legend and, of a model that repaints and quantises, the reconstruction and the token map of each stage.

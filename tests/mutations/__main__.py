@@ -1,7 +1,7 @@
 """Put in one bug after the other and see which test notices.
 
-    python -m tests.mutations [--only FILE ...] [--processes N]      all lists of this package, tens of minutes
-    python -m tests.mutations --short                                one bug in each quick file, two minutes
+    python -m tests.mutations [--only FILE ...] [--processes N]      all lists of this package: hours
+    python -m tests.mutations --short                                one bug in each quick file, under a minute
 
 A line a bug: caught, by which test, or SURVIVED.  Exit 1 if fewer than 97 % of those without a `survives` are caught.
 Nothing is changed here: each worker has a copy of the working tree.  The tests of a file are run once without a bug, then
