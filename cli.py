@@ -93,14 +93,14 @@ def write_files(files):
 
 
 def parse_names(given, where="--labels", item="name"):
-    """Class names from "red star, grass" or from a list -> tuple of str, stripped; item k of it is class k.
+    """Class names from "striped boat, grass" or from a list -> tuple of str, stripped; item k of it is class k.
 
     Raises InputError if there is none, or one is blank or occurs twice; `where` and `item` word its message.
     """
     parts = given.split(",") if isinstance(given, str) else given
     names = tuple(name.strip() for name in parts)
     if not any(names):
-        raise InputError(f"{where}: holds no class names; give at least one, such as: red star, grass")
+        raise InputError(f"{where}: holds no class names; give at least one, such as: striped boat, grass")
     for k, name in enumerate(names, 1):
         if not name:
             raise InputError(f"{where}: {item} {k} is blank; remove it, or write the class name that belongs there")

@@ -280,7 +280,8 @@ if __name__ == "__main__":
     from data import rng_for, to_tensor
     from world.scenes import WORLD_NAMES, scene
     vlm = load_vlm("world", "world", scale=1.0, depths=(0, 2, 3, 4))
-    image, _, things, grounds = scene(rng_for(0, 0), objects=(1, 1), stuffs=(1, 1))
-    pyramid, anywhere = vlm.features(to_tensor(image)[None]), torch.zeros(1, vlm.heads, 1, 8, 8)
+    drawn = scene(rng_for(0, 0), objects=(1, 1), stuffs=(1, 1))
+    pyramid, anywhere = vlm.features(to_tensor(drawn.image)[None]), torch.zeros(1, vlm.heads, 1, 8, 8)
     cosines = vlm.embed_text(WORLD_NAMES) @ vlm.recognise(pyramid, anywhere)[0, 0]        # (L)
-    print(f"drawn: {WORLD_NAMES[things[0][0]]} on {grounds[0]}; of {len(WORLD_NAMES)} names: {WORLD_NAMES[cosines.argmax()]}")
+    shown, said = WORLD_NAMES[drawn.things[0][0]], WORLD_NAMES[cosines.argmax()]
+    print(f"drawn: {shown} on {drawn.grounds[0]}; of {len(WORLD_NAMES)} names: {said}")

@@ -125,7 +125,7 @@ def squared_distances(z):
     """|z_i - z_j|² (B,n,n), never negative, of z (B,n,D) by the Gram matrix, so that no (n,n,D) is built.
 
     `2 - 2 z_i·z_j` has the same value on the sphere but not the same straight-through gradient.  The mean is taken off
-    first: where z is far longer than its distances (off the sphere, --no-vmf), the three terms would cancel to noise.
+    first: where z is far longer than its distances (off the sphere), the three terms would cancel to noise.
     """
     z = z - z.mean(-2, keepdim=True)
     square = z.square().sum(-1)

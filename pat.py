@@ -20,7 +20,7 @@ image ──┬─> frozen CLIP ──> F0, F3, F6, F9 ──fusion──> f0, f
 # ours: residual and LN around HSAttn and Attn; stem and Down as 3x3 stride-2 convolutions; TokenMixer as a 3-layer GELU
 #       MLP along the token axis; "unified" gives all four stages one codebook through one linear.
 
-Demo: `python pat.py` counts the parameters of the reference size.  Tests: tests/test_pat.py.  Read next: runs.py.
+Tests: tests/test_pat.py.  Read next: runs.py.
 """
 
 from dataclasses import dataclass, field
@@ -36,9 +36,9 @@ from decoder import Decoder, Up, log2
 from hsattn import Attn, HSAttn, g
 from kernels import CHOICES, path
 from losses import alignment, cells, means, perceptual, reconstruction
-from san import MLP, SAN, SMALL_SIDE, WORLD_POINTS, SideConfig, check_heads, check_positive, tokens, trainable
+from san import MLP, SAN, SMALL_SIDE, WORLD_POINTS, SideConfig, check_heads, check_positive, tokens
 from segmenter import VLMS, summed
-from vq import codebook_health, features_at, restart_dead_codes, vMFVQ
+from vq import METRICS, codebook_health, features_at, restart_dead_codes, vMFVQ
 
 PYRAMID = ("early", "mid", "late")         # the finest first; the one place where stages are counted and named
 STAGES = PYRAMID + ("latent",)
@@ -60,7 +60,7 @@ class PATConfig:
     decoder_heads: int = 8
     spade_hidden: int = 128
     scales: tuple = (4, 2, 1)          # of early, mid, late: how many times finer than the side grid
-    vmf: bool = True                   # False: dot-product VQ and plain attention
+    metric: str = "cosine"             # or "dot", "euclidean": VQ off the sphere, and plain attention
     mixer: bool = True                 # False: no token flow between stages and to the global tokens
     residual: bool = True              # False: no pixels in the pyramid
     unified: bool = False              # one embedding is queries and every codebook
@@ -203,11 +203,12 @@ class PAT(TokenPyramid, SAN):
         w_vq=5.0, w_rec=60.0,              # 0.1 and 1 in the paper, which trains 140 times longer and adds LPIPS
         perceptual=False, restart_after=80)
     ABLATIONS = {                          # the rows of the paper's Table II
-        "no-vmf": dict(vmf=False), "scales-4-4-4": dict(scales=(4, 4, 4)), "scales-1-1-1": dict(scales=(1, 1, 1)),
-        "no-align": dict(align="none"), "no-mixer": dict(mixer=False), "no-residual": dict(residual=False),
-        "unified": dict(unified=True), "separate-decoders": dict(separate_decoders=True),
+        "no-vmf": dict(metric="euclidean"), "no-vmf-dot": dict(metric="dot"), "scales-4-4-4": dict(scales=(4, 4, 4)),
+        "scales-1-1-1": dict(scales=(1, 1, 1)), "no-align": dict(align="none"), "no-mixer": dict(mixer=False),
+        "no-residual": dict(residual=False), "unified": dict(unified=True), "separate-decoders": dict(separate_decoders=True),
         "one-stage-removed": dict(decoder_stages=("mid", "late")), "two-stages-removed": dict(decoder_stages=("late",)),
-        "three-stages-removed": dict(decoder_stages=())}
+        "three-stages-removed": dict(decoder_stages=()), "only-early-mid": dict(decoder_stages=("early", "mid")),
+        "only-early": dict(decoder_stages=("early",))}
     stages = STAGES
     watch = ("ce_2", "dice_2", "l2", "vq")
     curves = {**SAN.curves, "token and pixel losses": {"VQ": "vq", "CRF": "crf", "TV": "tv", "L1": "l1", "L2": "l2",
@@ -215,7 +216,7 @@ class PAT(TokenPyramid, SAN):
 
     @classmethod
     def check(cls, c):
-        for name, allowed in dict(align=("scale-free", "literal", "none"), kernels=CHOICES).items():
+        for name, allowed in dict(align=("scale-free", "literal", "none"), kernels=CHOICES, metric=METRICS).items():
             if getattr(c, name) not in allowed:
                 raise InputError(f"{name} {getattr(c, name)}: there are {', '.join(allowed)}")
         for stage in c.decoder_stages:
@@ -242,7 +243,7 @@ class PAT(TokenPyramid, SAN):
         sizes = [c.side.queries] * len(PYRAMID) if c.unified else pyramid_codes
 
         def quantiser(codes):                                 # of every stage: the place to put another kind in
-            return vMFVQ(width, 0 if c.unified else codes, c.code_dim, c.vmf, kernels=c.kernels)
+            return vMFVQ(width, 0 if c.unified else codes, c.code_dim, c.metric, kernels=c.kernels)
 
         def decoder(*tasks):
             return Decoder(code_dim=c.code_dim, query_width=width, width=c.decoder_width, heads=c.decoder_heads,
@@ -255,7 +256,7 @@ class PAT(TokenPyramid, SAN):
         self.to_code = nn.Linear(width, c.code_dim) if c.unified else None
         self.semantic = nn.ModuleList(
             SemanticStage(width=width, code_dim=c.code_dim, tokens=n, tokens_before=before, queries=c.side.queries,
-                          heads=c.hs_heads, kappa=c.kappa, hidden=c.mixer_hidden, vmf=c.vmf, mixer=c.mixer,
+                          heads=c.hs_heads, kappa=c.kappa, hidden=c.mixer_hidden, vmf=c.metric == "cosine", mixer=c.mixer,
                           unified=c.unified, kernels=c.kernels)
             for n, before in zip(sizes, [0, *sizes]))
         self.decoder = decoder("masks") if c.separate_decoders else decoder("masks", "pixels")
@@ -305,9 +306,9 @@ class PAT(TokenPyramid, SAN):
         if c.perceptual:
             perceptual(device)
         try:                                                  # every precision that autocast may choose goes the same way
-            if c.vmf:
+            if c.metric == "cosine":
                 ways["assignment"] = path(c.kernels, torch.device(device), torch.float32, c.code_dim)
-            if c.vmf and c.mixer:
+            if c.metric == "cosine" and c.mixer:
                 head = c.side.width // c.hs_heads
                 ways["mean shift"] = path(c.kernels, torch.device(device), torch.float32, head, c.kappa)
         except ValueError as error:
@@ -327,7 +328,7 @@ class PAT(TokenPyramid, SAN):
         """Count uses; codes start, and dead ones start again, on features of this step's batch, alike on all processes.
 
         No restart in the last 15 % of the steps, which keep the codes there are; none of a codebook that is somebody
-        else's (the unified one belongs to the queries); and none off the sphere, where a code on a long feature wins
+        else's (the unified one belongs to the queries); and none by dot product, where a code on a long feature wins
         features of half the space and draws them to its length: the next lands on a longer one (L_VQ: 45,000 in 160 steps).
         """
         c, batch, new = self.config, config.recipe.batch, {}
@@ -339,8 +340,8 @@ class PAT(TokenPyramid, SAN):
                 rng, K, P = rng_for(config.run.seed, step, which, RESTART), len(counts), inside[0].numel()
                 image, place = divmod(rng.choice(batch * P, K, replace=batch * P < K), P)     # one feature drawn a code
                 candidates = summed(features_at(x, inside, numbers, step * batch + image, (place + 0.5) / P))     # (K,D)
-                after = c.restart_after if vq.vmf and step < 0.85 * config.recipe.steps else 0
-                candidates = g(candidates) if vq.vmf else candidates
+                after = c.restart_after if vq.metric != "dot" and step < 0.85 * config.recipe.steps else 0
+                candidates = g(candidates) if vq.metric == "cosine" else candidates
                 put = restart_dead_codes(vq.codebook, vq.idle, summed(counts), candidates, batch, after, c.restart_share)
                 new[vq.codebook], restarted = put, int(put.sum())
             self.uses[stage] = self.uses.get(stage, 0) + counts
@@ -361,8 +362,3 @@ class PAT(TokenPyramid, SAN):
     def parts(self):
         return {"side ViT + semantic": [self.side, *self.semantic], "fusion": list(self.fusion), "pixel branch": [self.pixels],
                 "latent": [self.latent], "decoder": [self.decoder]}
-
-
-if __name__ == "__main__":
-    reference = PATConfig(clip=CLIPConfig(pretrained="none"))
-    print(f"PAT with ViT-B/16: {trainable(PAT(reference)):,} trainable parameters")

@@ -1,6 +1,6 @@
 """Any picture, any words: from what a model answers to a name for every pixel.  SAN's protocol, single scale.
 
-    python predict.py runs/world-pat-0 photo.jpg --labels "red star, grass, something else" --out out.png
+    python predict.py runs/world-pat-0 photo.jpg --labels "striped boat, grass, something else" --out out.png
 
 Every model answers with maps a_c on a grid of its own and with what each map says of each name (segmenter.Answer);
 
@@ -247,7 +247,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a run directory that train.py left")
     parser.add_argument("image", metavar="FILE", help="any picture")
-    parser.add_argument("--labels", metavar="NAMES", required=True, help='separated by commas: "red star, grass"')
+    parser.add_argument("--labels", metavar="NAMES", required=True, help='separated by commas: "striped boat, grass"')
     parser.add_argument("--out", metavar="OUT", default="out.png", help="the overlay; the others go beside it (out.png)")
     parser.add_argument("--none-of-these", action="store_true",
                         help="pixels whose best name loses to the learned background stay unnamed")

@@ -133,8 +133,9 @@ def build(run):
 
 # --- config.json ----------------------------------------------------------------------------------------------------
 
-RENAMED = {"clip": "grad_clip"}                               # in runs of before November 2026
-OLD_VALUES, NEW_VALUES = {("kernels", "torch"): "auto"}, {"perceptual": False}     # LPIPS was where its file happened to be
+RENAMED = {"clip": "grad_clip", "vmf": "metric"}              # in runs of before November 2026
+OLD_VALUES = {("kernels", "torch"): "auto", ("metric", True): "cosine", ("metric", False): "dot"}
+NEW_VALUES = {"perceptual": False}                            # LPIPS was where its file happened to be
 
 
 def filled(config, stored):

@@ -15,7 +15,7 @@ that the published code computed); published/san_checkpoints.py loads the publis
 # paper: SAN is the baseline.  Everything here is SAN's: sizes, fusion depths, heads, supervision of the last two blocks.
 # differs: the two heads are plain linears on tokens where SAN writes 1x1 convolutions: same function, same weights.
 
-Demo: `python san.py` counts the parameters of the reference size.  Tests: tests/test_san.py.  Read next: losses.py.
+Tests: tests/test_san.py.  Read next: losses.py.
 """
 
 from dataclasses import dataclass, field
@@ -214,7 +214,7 @@ class SAN(Segmenter):
                for name, vlm in VLMS.items()}
     RECIPES = {"world": dict(           # 10,400 scenes: what two cores can do in ten minutes
         steps=1300, batch=8, lr=8e-4, warmup=100, grad_clip=1.0, weight_decay=0.01, save_every=200, log_every=20,
-        workers=0)}                     # a scene is drawn in a millisecond
+        val_images=1000, workers=0)}    # a scene is drawn in a millisecond
     watch = ("ce_2", "mask_2", "dice_2")
     curves = {"segmentation losses": {"class (ce)": "ce_2", "mask": "mask_2", "dice": "dice_2"}}
 
@@ -299,8 +299,3 @@ class SAN(Segmenter):
 def trainable(model):
     """How many numbers are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-if __name__ == "__main__":
-    small = SANConfig(clip=CLIPConfig(pretrained="none"))
-    print(f"SAN with ViT-B/16: {trainable(SAN(small)):,} trainable parameters")

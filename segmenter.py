@@ -106,8 +106,10 @@ class Segmenter(nn.Module):
         return ""
 
     def optimizers(self, groups, recipe):
-        """groups: [dict(params, lr, weight_decay, rate)] -> the optimisers that step in turn."""
-        return [torch.optim.AdamW(groups, lr=recipe.lr)]
+        """groups: [dict(params, weight_decay, rate, muon)] -> the optimisers that step in turn."""
+        matrices, rest = ([group for group in groups if group["muon"] == muon] for muon in (True, False))
+        muons = [torch.optim.Muon(matrices, lr=recipe.lr, adjust_lr_fn="match_rms_adamw")] if matrices else []
+        return [torch.optim.AdamW(rest, lr=recipe.lr), *muons]
 
     def remember(self, out, batch):
         """What `after_step` needs of one micro-batch, detached."""

@@ -57,6 +57,7 @@ class Recipe:
     lr: float = 1e-4
     warmup: int = 0                    # steps of linear warm-up before poly decay with power 0.9
     weight_decay: float = 1e-4         # none on norms, positions, queries and codebooks
+    muon: bool = False                 # Muon for the matrices, AdamW for the rest; False: AdamW for all
     grad_clip: float = 0.01            # global gradient norm
     precision: str = "bf16"            # autocast on a GPU: bf16 or fp32; the CPU runs fp32
     workers: int = 4                   # data-loading processes; one draws some 30 photos/s (studies.speed --loader)
@@ -136,17 +137,17 @@ NO_DECAY = ("pos_embed", "positional_embedding", "query_embed", "query_pos_embed
 
 
 def parameter_groups(model, recipe):
-    """Trained parameters by learning rate (Segmenter.rates) and by weight decay: none on norms, positions, queries and
-    codebooks."""
+    """Trained parameters by learning rate (Segmenter.rates), by weight decay, none on norms, positions, queries and
+    codebooks, and, of those that decay, by whether they are matrices, if Muon is to have these."""
     norms = {p for m in model.modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.GroupNorm)) for p in m.parameters()}
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             rate = next((factor for prefix, factor in model.rates.items() if name.startswith(prefix)), 1.0)
             plain = p in norms or name.split(".")[-1] in NO_DECAY
-            groups.setdefault((rate, plain), []).append(p)
-    return [dict(params=groups[rate, plain], rate=rate, weight_decay=0.0 if plain else recipe.weight_decay)
-            for rate, plain in sorted(groups)]
+            groups.setdefault((rate, plain, recipe.muon and not plain and p.ndim == 2), []).append(p)
+    return [dict(params=groups[rate, plain, muon], rate=rate, weight_decay=0.0 if plain else recipe.weight_decay, muon=muon)
+            for rate, plain, muon in sorted(groups)]
 
 
 def learning_rate(recipe, step):

@@ -23,7 +23,7 @@ A quantiser, to the rest of the model, is a module with five things; vMFVQ is th
     forward(u, given=None)   features of a stage -> Tokens; `given` is somebody else's codebook, or None
     codes(given=None)        the codes as they are used, (K,D): what the semantic branch starts its local tokens from
     choose(x, codes)         the index of each feature x (n,D), as Tokens.x holds them; for codebook_health's bf16
-    codebook, vmf            the parameter whose codes start on features, and restart on the sphere only; or None
+    codebook, metric         the parameter whose codes start on features, and restart unless the metric is "dot"; or None
 
 Demo: `python vq.py` quantises the colours of a world scene.  Tests: tests/test_vq.py.  Read next: clip.py.
 """
@@ -44,18 +44,22 @@ def nearest(x, codes):
     return scores.argmax(1)                                                               # over the CODES
 
 
+def closest(x, codes):
+    """The index of the smallest distance |x - e|² = |x|² - 2 xᵀe + |e|², as in VQ-VAE: x (n,D), codes (K,D) -> (n) int64"""
+    return (x @ codes.T - codes.square().sum(1) / 2).argmax(1)
+
+
+RULES = {"dot": nearest, "euclidean": closest}                # off the sphere (Table II, "no vMF")
+METRICS = ("cosine", *RULES)
+
+
 def assign(x, codes):
     """Each feature's code by largest cosine, ties to the lowest index.
 
     x (n,D) of any length, codes (K,D) of any length -> index (n) int64, code (n,D) unit, cosine (n) in [-1,1].  A zero
     feature has index 0 and cosine 0; one with NaN has index 0 and cosine NaN.
     """
-    x = g(x)
-    return assign_dot(x, g(codes).to(x.dtype))
-
-
-def assign_dot(x, codes):
-    """Eq. 1's VQ off the sphere: the largest dot product, so length counts.  Same shapes as `assign`."""
+    x, codes = g(x), g(codes).to(x.dtype)
     index = nearest(x, codes)
     code = F.embedding(index, codes)                          # not codes[index]: its gradient sums in a random order
     return index, code, (x * code).sum(1)
@@ -77,12 +81,12 @@ def quantise(x, codes, beta=0.25):
     zq has the value of the chosen unit codes and the gradient of g(x); `beta` is the 0.25 of the header's loss.
     """
     x = g(x)
-    return quantise_dot(x, g(codes).to(x.dtype), beta)
+    return quantise_raw(x, g(codes).to(x.dtype), beta)
 
 
-def quantise_dot(x, codes, beta=0.25):
-    """`quantise` off the sphere (Table II, "no vMF"): the largest dot product of raw vectors."""
-    index = nearest(x, codes)
+def quantise_raw(x, codes, beta=0.25, rule=nearest):
+    """`quantise` off the sphere, of raw vectors, by one of RULES."""
+    index = rule(x, codes)
     code = F.embedding(index, codes)
     return straight_through(x, code), index, commitment_loss(x, code, beta)
 
@@ -104,30 +108,30 @@ class vMFVQ(nn.Module):
     """W_pre, a codebook, and the hard assignment.
 
     `codes=None` builds no codebook of its own: the caller passes one (the "unified tokens" ablation).
-    `vmf=False` is Eq. 1's VQ without the sphere: argmax of the dot product, raw vectors throughout.
+    `metric`: "cosine", or one of RULES: Eq. 1's VQ without the sphere, raw vectors throughout.
     `kernels` chooses between `assign` and `quantise` above and their twins: see kernels/__init__.py.
     """
 
-    def __init__(self, width, codes, dim=32, vmf=True, commitment=0.25, kernels="auto"):
+    def __init__(self, width, codes, dim=32, metric="cosine", commitment=0.25, kernels="auto"):
         super().__init__()
         self.pre = nn.Conv2d(width, dim, 1)
         self.codebook = nn.Parameter(torch.randn(codes, dim)) if codes else None
-        self.vmf, self.commitment, self.kernels = vmf, commitment, kernels
+        self.metric, self.commitment, self.kernels = metric, commitment, kernels
 
     def codes(self, given=None):
-        """The codes as they are used, (K,D): on the sphere unless `vmf=False`."""
+        """The codes as they are used, (K,D): on the sphere if the metric is the cosine."""
         codes = self.codebook if given is None else given
-        return g(codes) if self.vmf else codes
+        return g(codes) if self.metric == "cosine" else codes
 
     def choose(self, x, codes):
-        """The index of each feature, x (n,D), codes (K,D) -> (n) int64: by cosine or, with `vmf=False`, by dot product."""
-        rule = kernel(assign, self.kernels, x) if self.vmf else assign_dot
-        return rule(x, codes)[0]
+        """The index of each feature by the module's metric, x (n,D), codes (K,D) -> (n) int64"""
+        return (kernel(assign, self.kernels, x)(x, codes)[0] if self.metric == "cosine" else RULES[self.metric](x, codes))
 
     def quantise(self, x, codes):
         """x (n,D), codes (K,D) -> zq, index, loss, by the rule this module is set to."""
-        rule = kernel(quantise, self.kernels, x) if self.vmf else quantise_dot
-        return rule(x, codes, self.commitment)
+        if self.metric == "cosine":
+            return kernel(quantise, self.kernels, x)(x, codes, self.commitment)
+        return quantise_raw(x, codes, self.commitment, RULES[self.metric])
 
     def forward(self, u, given=None):
         """u (B,S,h,w) [, a codebook (K,D)] -> Tokens.  Nothing after W_pre runs in half precision."""
@@ -201,7 +205,7 @@ if __name__ == "__main__":
     from world.scenes import scene
 
     torch.manual_seed(0)
-    image = torch.from_numpy(scene(rng_for(5))[0]).float() / 255                          # (64,64,3)
+    image = torch.from_numpy(scene(rng_for(5)).image).float() / 255                          # (64,64,3)
     codes = g(image.reshape(-1, 3)[torch.randperm(64 * 64)[:8]] - 0.5)                    # 8 directions of colour
     index, code, cosine = assign(image.reshape(-1, 3) - 0.5, codes)
     picture = torch.cat([image, (code * 0.5 + 0.5).view_as(image)], 1)

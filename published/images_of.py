@@ -52,7 +52,7 @@ def val_set(run, data=None, ignore=255, images=None, names=None):
     return World("val", *([] if images is None else [images]))
 
 
-def scored_on(run, scenes=500):
+def scored_on(run, scenes=1000):
     """(dataset, where it is from in words) of a run's scores and pictures.
 
     `val_data` if it was given, else the images it was trained on, else the world's test scenes (`scenes` of them).

@@ -37,10 +37,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from scipy.stats import spearmanr
 
 from cli import InputError, parse_flags, run_cli, write_files
 from eval import METRICS, mean
-from runs import changed, filled, flat, load_config, model_class, read_config
+from runs import changed, closest, filled, flat, load_config, model_class, read_config
 from train import Recipe, Training, parse, parser_of, recipe, train
 
 STEPS = 500                                                   # a run in the world, unless --steps says otherwise
@@ -71,6 +72,10 @@ TOLD = {                                                      # label, and the p
     "two-stages-removed": ("two stages removed", (56.2, 29.1, 31.2)),
     "three-stages-removed": ("three stages removed", (55.8, 28.5, 45.8)),
     "san": ("SAN, the baseline", (55.1, 30.4, None))}
+AGAIN = {                              # a second reading of a row that the paper only names, and which one it reads
+    "no-vmf-dot": ("no vMF: dot product", "no-vmf"), "only-early-mid": ("late stage removed", "one-stage-removed"),
+    "only-early": ("mid, late removed", "two-stages-removed")}
+TOLD.update({name: (label, TOLD[row][1]) for name, (label, row) in AGAIN.items()})
 OURS = (None, None, None)                                     # a row that the paper does not have
 ROWS = tuple(Row(name, *TOLD.get(name, (name, OURS)), changes) for name, changes in CHANGES.items())
 PAPER = ("PC59", "A150", "rFID")
@@ -111,12 +116,32 @@ def verdict(values, default, paper):
     return "within the spread"
 
 
+def correlation(rows, part):
+    """Spearman's rank correlation of our changes with the paper's, of "masks" or "pixels", PAT's 0 among them.
+
+    rows {name: dict} of `tabulate`.  -> with the rows as the paper's are read first, with the readings of AGAIN instead;
+    None for fewer than three rows that have both, or equal ones.  1: the same order, 0: none, -1: the opposite.
+    """
+    key, found = {"masks": "mIoU", "pixels": "PSNR"}[part], []
+    instead = {row: name for name, (_, row) in AGAIN.items()}
+    for read in ({}, instead):
+        pairs = [(rows[read.get(row.name, row.name)]["change"][key], paper_direction(row)[part])
+                 for row in ROWS if row.name not in AGAIN and read.get(row.name, row.name) in rows]
+        columns = [*zip(*(pair for pair in pairs if None not in pair))]
+        told = columns and len(columns[0]) > 2 and all(len(set(column)) > 1 for column in columns)
+        found.append(float(spearmanr(*columns).statistic) if told else None)
+    return found
+
+
 # --- the runs -------------------------------------------------------------------------------------------------------
 
 
-def jobs(seeds, rank=0, processes=1):
-    """What process `rank` of `processes` trains, [(row, seed)]: all rows of seed 0 first, dealt out in turn."""
-    return [(row, seed) for seed in range(seeds) for row in ROWS][rank::processes]
+def jobs(seeds, rank=0, processes=1, only=()):
+    """What process `rank` of `processes` trains, [(row, seed)]: all rows of seed 0 first, dealt out in turn.
+
+    only: names of rows; () for all.
+    """
+    return [(row, seed) for seed in range(seeds) for row in ROWS if not only or row.name in only][rank::processes]
 
 
 def run_path(base, row, seed):
@@ -173,17 +198,17 @@ def own_device(device):
     return rank, processes, device
 
 
-def ablate(base, seeds, train, device="cpu"):
-    """Train every row with seeds 0..seeds-1 and write the table; this process's share of it if torchrun started many.
+def ablate(base, seeds, train, device="cpu", only=()):
+    """Train every row, or those called `only`, with seeds 0..seeds-1 and write the table; this process's share of it if torchrun started many.
 
     base: the Training of the default row; train(config, resume, device): trains one run and leaves scores.json.  Each run
     has one process to itself, no process group is made.  Raises InputError for runs of other settings in the same
     place, before anything is trained.  A run whose loss is no longer finite is marked failed, and the rest goes on.
     """
     rank, processes, device = own_device(device)
-    for row, seed in jobs(seeds):
+    for row, seed in jobs(seeds, only=only):
         check_run(run_config(base, row, seed))
-    mine, trained = jobs(seeds, rank, processes), 0
+    mine, trained = jobs(seeds, rank, processes, only), 0
     if not mine:                                              # more processes than runs
         return
     for i, (row, seed) in enumerate(mine, 1):
@@ -191,7 +216,7 @@ def ablate(base, seeds, train, device="cpu"):
         run = Path(config.recipe.out)
         if result(run) is not None:
             continue
-        print(f"process {rank}: run {i} of its {len(mine)} ({seeds * len(ROWS)} in all): {row.label}, seed {seed}",
+        print(f"process {rank}: run {i} of its {len(mine)} ({len(jobs(seeds, only=only))} in all): {row.label}, seed {seed}",
               flush=True)
         try:
             train(config, (run / "checkpoint.safetensors").exists(), device)
@@ -239,7 +264,8 @@ def tabulate(base, seeds):
             said = verdict(told["values"][key], default["values"][key], paper[name])
             told[name] = "-" if told is default else said
     r = base.recipe
-    return {"steps": r.steps, "batch": r.batch, "seeds": seeds, "test_images": r.val_images, "rows": rows}
+    return {"steps": r.steps, "batch": r.batch, "seeds": seeds, "test_images": r.val_images, "rows": rows,
+            "rank_correlation": {part: correlation(rows, part) for part in ("masks", "pixels")}}
 
 
 def short(value, decimals, sign=""):
@@ -273,6 +299,10 @@ def notes(table):
              "Changes are against PAT; the paper's in points of mIoU and in rFID, where lower is better.",
              "Masks (mIoU against PC59 and A150), pixels (PSNR against rFID): do the two changes have one direction?",
              "\"Within the spread\": the seeds of the row and of PAT overlap."]
+    for part, (first, again) in table["rank_correlation"].items():
+        if first is not None:
+            lines.append(f"Rank correlation with the paper's changes, {part}: {first:+.2f}" +
+                         (f"; with the second readings {again:+.2f}" if again not in (None, first) else ""))
     return lines + [f"Failed: {name}, seed {seed}: {error}" for name, row in table["rows"].items()
                     for seed, error in row["failed"].items()]
 
@@ -340,10 +370,11 @@ def check_flags(named, config):
 
 
 def parse_ablations(argv=None):
-    """(Training of the default row, device, number of seeds, whether --rows is asked for) from the command line."""
+    """(Training of the default row, device, number of seeds, whether --rows is asked for, which rows) from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, exit_on_error=False,
                                      epilog="Any flag of train.py may follow.")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0..N-1 of each row (3)")
+    parser.add_argument("--only", metavar="ROWS", default="", help="names of rows, separated by commas; the others stay as they are")
     parser.add_argument("--rows", action="store_true", help="print the rows and the paper's changes, train nothing")
     try:
         args, rest = parser.parse_known_args(argv)
@@ -351,6 +382,10 @@ def parse_ablations(argv=None):
         raise InputError(f"{error}; see --help") from error
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds}: takes a positive number")
+    only = tuple(filter(None, args.only.split(",")))
+    for name in only:
+        if name not in CHANGES:
+            raise InputError(f"--only {name}: there are {', '.join(CHANGES)}{closest(name, CHANGES)}")
     if any(word.split("=")[0] == "--resume" for word in rest):
         raise InputError("studies.ablations goes on by itself where it stopped; leave out --resume")
     config, _, device = parse(rest)
@@ -360,14 +395,14 @@ def parse_ablations(argv=None):
     check_flags(named, config)
     if config.run.preset == "world" and "steps" not in named:
         config = changed(config, steps=STEPS)
-    return config, device, args.seeds, args.rows
+    return config, device, args.seeds, args.rows, only
 
 
 def main(argv=None):
-    config, device, seeds, rows_only = parse_ablations(argv)
+    config, device, seeds, rows_only, only = parse_ablations(argv)
     if rows_only:
         return print_rows()
-    ablate(config, seeds, train, device)
+    ablate(config, seeds, train, device, only)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
     python -m studies.gallery eq1                  Eq. 1: one score matrix; softmax along features, argmax along codes
     python -m studies.gallery modes                mean shift: points on a circle move to their modes, kappa 1, 10, 100
     python -m studies.gallery stages RUN           raw features clustered, above the token maps of each stage (Fig. 1)
-    python -m studies.gallery clustering RUN       mean shift over raw features against tokenization (Fig. 6)
+    python -m studies.gallery clustering RUN       mean shift over features against tokenization (Fig. 6)
     python -m studies.gallery pyramid RUN          repainted from the latent tokens alone, + late, + mid, + early
     python -m studies.gallery masks RUN            masks with their names on them, beside the ground truth
     python -m studies.gallery patches RUN          for each code, the image patches that chose it most: what it means
     python -m studies.gallery curves RUN           the training curves of log.jsonl: those that its model names
 
 A picture goes to RUN/pictures/NAME.png or where --out says.  The images are the first that the run is scored on,
-never chosen by hand; --image FILE takes one of yours instead (masks then also needs --labels "red star, grass").
+never chosen by hand; --image FILE takes one of yours instead (masks then also needs --labels "striped boat, grass").
 
 A code has one colour, data.palette's, in every picture.  A cluster has no number of its own, so it wears the colour
 of the code it shares most cells with, one to one: where clusters and tokens agree, they look the same.
@@ -33,7 +33,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from cli import InputError, check_device, parse_flags, parse_names, run_cli, write_files
-from data import palette, read_image, resize_short, to_tensor, to_unit
+from data import IGNORE, palette, read_image, resize_short, to_tensor, to_unit
 from eval import psnr
 from hsattn import mean_shift
 from kernels.cpu import nearest
@@ -56,10 +56,11 @@ class Stages(NamedTuple):
     picture: np.ndarray        # (h,w,3) uint8, what the network saw, without padding
     raw: dict                  # (C,a,b) CLIP's features: after its blocks `depths[1:]`, and for latent after its last
     index: dict                # (a,b) int64, the code of each cell
+    x: dict                    # (D,a,b) what the quantiser saw of each cell
     zq: dict                   # (1,D,a,b) the codes themselves, as the decoder reads them
     painted: torch.Tensor      # (3,h,w) in 0..1, the reconstruction
     crop: tuple                # (h,w)
-    padded: tuple              # rows and columns that raw, index and zq cover: the image and its padding
+    padded: tuple              # rows and columns that raw, index, x and zq cover: the image and its padding
 
 
 @torch.no_grad()
@@ -69,18 +70,18 @@ def stage_maps(model, image):
     raw = {stage: clip_map[0] for stage, clip_map in raw_maps(model, image).items()}
     index = {stage: tokens.index[0] for stage, tokens in extras["tokens"].items()}
     zq = {stage: tokens.zq for stage, tokens in extras["tokens"].items()}
-    return Stages(to_image(to_unit(image)), raw, index, zq, extras["image"], extras["crop"], extras["padded"])
+    x = {stage: tokens.x[0] for stage, tokens in extras["tokens"].items()}
+    return Stages(to_image(to_unit(image)), raw, index, x, zq, extras["image"], extras["crop"], extras["padded"])
 
 
-def features(f, stage):
-    """The raw features of a Stages without those of its padding, (n,C)."""
-    return unpad(f.raw[stage], f.crop, f.padded).flatten(1).T
+def features(f, map_):
+    """The features (C,a,b) of a Stages without those of its padding, (n,C)."""
+    return unpad(map_, f.crop, f.padded).flatten(1).T
 
 
-def nearest_centre(f, stage, centres):
-    """centres (n,C) unit -> which of them each raw feature of a Stages is nearest to, padding and all, (a,b)."""
-    raw = f.raw[stage]
-    return nearest(raw.flatten(1).T, centres).view(raw.shape[1:])
+def nearest_centre(map_, centres):
+    """centres (n,C) unit -> which of them each feature of a map (C,a,b) is nearest to, padding and all, (a,b)."""
+    return nearest(map_.flatten(1).T, centres).view(map_.shape[1:])
 
 
 def wear(clusters, tokens, n, K):
@@ -117,10 +118,10 @@ def stages(model, shown, fit=(), cell=176):
     clusters as the stage has codes, or as many as there are eighths of the features.  -> PIL image
     """
     views = [stage_maps(model, image) for image in shown]
-    x = {stage: [features(f, stage) for f in views] for stage in model.stages}
+    x = {stage: [features(f, f.raw[stage]) for f in views] for stage in model.stages}
     for f in (stage_maps(model, image) for image in fit):     # one at a time: only their features stay
         for stage in model.stages:
-            x[stage].append(features(f, stage))
+            x[stage].append(features(f, f.raw[stage]))
     rows, captions = [], []
     for f in views:
         rows += [[f.picture], [to_image(f.painted)]]
@@ -129,7 +130,7 @@ def stages(model, shown, fit=(), cell=176):
         K, together = len(model.codebook(stage)), torch.cat(x[stage])                     # (m,C)
         n = min(K, max(2, len(together) // SHARE))
         _, centres = spherical_kmeans(together, n, 0)
-        clusters = [nearest_centre(f, stage, centres) for f in views]                      # (a,b) each
+        clusters = [nearest_centre(f.raw[stage], centres) for f in views]                  # (a,b) each
         drawn = [spread(cluster, f.crop, f.padded, f.crop) for cluster, f in zip(clusters, views)]         # (h,w) each
         tokens = [spread(f.index[stage], f.crop, f.padded, f.crop) for f in views]
         colours = wear(drawn, tokens, n, K)
@@ -143,26 +144,45 @@ def stages(model, shown, fit=(), cell=176):
     return contact_sheet(rows, ["", *(f"{s}: {d}" for s, d in zip(model.stages, depths))], cell, captions)
 
 
-def clustering(model, shown, kappas=(5, 10, 30), stage="late", cell=176):
-    """The paper's Fig. 6: mean shift over the raw features of a stage against the stage's tokens.  -> PIL image
+def scenarios(samples):
+    """The first image with one object on one ground, with one object over several, with several: three of `samples`.
+
+    Objects are names that are no stuff.  The first three images where nobody says what is stuff, or what they show.
+    """
+    stuff, found = getattr(samples, "groups", {}).get("stuff"), {}
+    for i in range(len(samples) if stuff else 0):
+        label = samples[i]["label"]
+        names = set(label[label != IGNORE].unique().tolist())
+        grounds, things = len(names & set(stuff)), len(names - set(stuff))
+        kind = "several" if things > 1 else {1: "one on one", 2: "one over two"}.get(grounds) if things else None
+        if kind:
+            found.setdefault(kind, samples[i]["image"])
+        if len(found) == 3:
+            return [found[kind] for kind in ("one on one", "one over two", "several")]
+    return [samples[i]["image"] for i in range(min(3, len(samples)))]
+
+
+def clustering(model, shown, kappa=10, stage="latent", cell=176):
+    """The paper's Fig. 6: mean shift over CLIP's last features, and over what PAT made of them for its latent stage,
+    against that stage's tokens.  -> PIL image
 
     Every feature of the image is a seed; those that end on the same mode are one cluster.
     """
     rows, captions, K = [], [], len(model.codebook(stage))
     for f in (stage_maps(model, image) for image in shown):
-        x, token = features(f, stage), spread(f.index[stage], f.crop, f.padded, f.crop)
+        token = spread(f.index[stage], f.crop, f.padded, f.crop)
         rows.append([f.picture])
         captions.append([""])
-        for kappa in kappas:
+        for map_ in (f.raw[stage], f.x[stage]):
+            x = features(f, map_)                                                         # (n,C)
             ends, _ = mean_shift(x, x[thinned(len(x))], kappa, 100)                       # (seeds,C)
-            cluster = number_modes(ends)[nearest_centre(f, stage, ends)]                  # (a,b)
+            cluster = number_modes(ends)[nearest_centre(map_, ends)]                      # (a,b)
             drawn = spread(cluster, f.crop, f.padded, f.crop)                             # (h,w)
             rows[-1].append(paint(drawn, wear([drawn], [token], int(cluster.max()) + 1, K)))
             captions[-1].append(counted(f, cluster, "cluster"))
         rows[-1].append(paint(token, palette(K)))
         captions[-1].append(counted(f, f.index[stage], "code"))
-    titles = ["the image", *(f"mean shift, kappa {kappa}" for kappa in kappas), f"{stage} tokens"]
-    return contact_sheet(rows, titles, cell, captions)
+    return contact_sheet(rows, ["the image", "CLIP's features", f"PAT's {stage} features", f"{stage} tokens"], cell, captions)
 
 
 def thinned(n, most=1024):
@@ -290,7 +310,9 @@ def draw(name, model, samples, device="cpu"):
     if name == "stages":
         fit = (samples[i]["image"].to(device) for i in range(2, min(len(samples), FIT)))
         return stages(model, shown[:2], fit)
-    return {"clustering": clustering, "pyramid": pyramid}[name](model, shown)
+    if name == "clustering":
+        return clustering(model, [image.to(device) for image in scenarios(samples)])
+    return pyramid(model, shown)
 
 
 def run_pictures(run, model, dataset, examples, device="cpu"):
@@ -331,7 +353,7 @@ def check_flags(args):
     if args.image is not None and (not one or args.data):
         raise InputError("--image is for stages, clustering, pyramid and masks, and goes without --data")
     if (args.name == "masks" and args.image is not None) != (args.labels is not None):
-        raise InputError('masks of a picture of yours need both: --image FILE --labels "red star, grass"')
+        raise InputError('masks of a picture of yours need both: --image FILE --labels "striped boat, grass"')
     if args.data is not None and (alone or args.name == "curves"):
         raise InputError(f"{args.name} shows no images: leave --data out")
     if args.images is not None and (args.name != "patches" or args.images < 1):
@@ -363,7 +385,7 @@ def main(argv=None):
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run directory that train.py left; none for eq1, modes")
     parser.add_argument("--out", metavar="FILE", help="where it goes (RUN/pictures/NAME.png, or NAME.png)")
     parser.add_argument("--image", metavar="FILE", help="a picture of yours in place of the run's images")
-    parser.add_argument("--labels", metavar="NAMES", help='masks: its names, separated by commas: "red star, grass"')
+    parser.add_argument("--labels", metavar="NAMES", help='masks: its names, separated by commas: "striped boat, grass"')
     parser.add_argument("--data", metavar="DIR", help="images from here: a folder of yours, or COCO-Stuff")
     parser.add_argument("--images", type=int, metavar="N", help=f"patches: from the first N images ({PATCH_IMAGES})")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -23,8 +23,9 @@ all rows are scored on the first.  PAT's codes were learned on the training scen
 k-means has the better matched images.  Indices go to the label's size by nearest cell, so a coarse grid pays for each
 pixel it misses: compare rows within a stage, not stages with each other, for K differs too, and purity rises with K.
 Raw maps are CLIP's 8x8 in the world and early cells are 2x2 pixels: raw borders cannot be as fine as PAT's, who also
-looks at the pixels.  In the world a label is a colour and a shape: the NMI with each alone, on the pixels of objects,
-says which of the two a stage's codes follow.
+looks at the pixels.  In the world each pixel of an object also has a colour, a part, and the texture and the noun of its
+name: the NMI with each alone says what a stage's codes follow.  NMI falls as K grows past what is asked: compare rows
+within a stage, and a stage's four answers with those of its raw features.
 
     tokens (h,w) of 32x32, 16x16, 8x8, 8x8 for a 64x64 scene  ->  table (K,L) int64, four counts of border pixels
 
@@ -52,7 +53,7 @@ from predict import device_of, pad, tokenize, unpad
 from published.images_of import scored_on
 from runs import changed, load_run
 from vq import codebook_health
-from world.scenes import COLOURS, SHAPES, World
+from world.scenes import COLOURS, NOUNS, OBJECTS, PARTS, TEXTURES
 
 IMAGES = 400                                                  # of the world, unless --images says another number
 CELLS = 40_000                                                # features a clustering is fitted to, at most
@@ -247,36 +248,34 @@ def assign_all(index, features, fitted, generator):
     return {TOKENS: index, **{row: value.view(index.shape) for row, value in codes.items()}}
 
 
-def sum_groups(table, groups):
-    """table (K,L), groups (L) int64, -1 for labels left out -> (K, number of groups): labels of a group added up."""
-    keep = groups >= 0
-    sums = torch.zeros(len(table), int(groups.max()) + 1, dtype=table.dtype)
-    return sums.index_add_(1, groups[keep], table[:, keep])
-
-
 def finite(x):
     """For JSON: None where there is no number."""
     return x if math.isfinite(x) else None
 
 
-def summary(table, edges, used, centres, attributes):
-    """A row as numbers.  table (K,L); edges (4) of `count_borders`; used (K) cells per code; centres (K,D) or None."""
+def summary(table, edges, used, centres, answers):
+    """A row as numbers.  table (K,L); edges (4) of `count_borders`; used (K) cells per code; centres (K,D) or None;
+    answers {question: table (K,n)}."""
     label_borders, hit, code_borders, right = edges.double()
     health = codebook_health(used, torch.zeros(len(used), 1) if centres is None else centres)
     row = {"purity": purity(table), "NMI": nmi(table), "recall": (hit / label_borders).item(),
            "precision": (right / code_borders).item(), "perplexity": health["perplexity"], "used": health["used"],
            "cosine": float("nan") if centres is None else health["cosine"],
-           **{f"NMI {name}": nmi(sum_groups(table, groups)) for name, groups in attributes.items()}}
+           **{f"NMI {question}": nmi(answer) for question, answer in answers.items()}}
     return {key: finite(value) for key, value in row.items()}
 
 
-def attributes_of(dataset):
-    """{name: (L) int64}: what a label also is; -1 where it is not.  Only the world's names have parts."""
-    if not isinstance(dataset, World):
+QUESTIONS = {"colour": len(COLOURS), "texture": len(TEXTURES), "part": len(PARTS), "noun": len(NOUNS)}
+
+
+def ask(sample):
+    """{question: (H,W) int64, IGNORE on stuff}: what else the pixels of a test scene are.  Only the world knows."""
+    if "part" not in sample:
         return {}
-    ids = torch.arange(len(dataset.names))
-    things = ids < len(COLOURS) * len(SHAPES)
-    return {"colour": torch.where(things, ids // len(SHAPES), -1), "shape": torch.where(things, ids % len(SHAPES), -1)}
+    label, ground = sample["label"], sample["label"] >= len(OBJECTS)
+    answers = {"colour": sample["colour"], "texture": label % len(TEXTURES), "part": sample["part"],
+               "noun": label // len(TEXTURES)}
+    return {question: answer.masked_fill(ground, IGNORE) for question, answer in answers.items()}
 
 
 def compare(model, dataset, images=None, seed=0, progress=True):
@@ -293,12 +292,13 @@ def compare(model, dataset, images=None, seed=0, progress=True):
     fitted = fit(model, dataset, range(scored, n), seed, progress)
     K = {(stage, row): L if row == LABELS else len(model.codebook(stage)) for stage in model.stages for row in ROWS}
     tables = {key: torch.zeros(k, L, dtype=torch.int64) for key, k in K.items()}
+    asked = {key: {q: torch.zeros(k, n, dtype=torch.int64) for q, n in QUESTIONS.items()} for key, k in K.items()}
     edges = {key: torch.zeros(4, dtype=torch.int64) for key in K}
     used = {key: torch.zeros(k, dtype=torch.int64) for key, k in K.items()}
     generator, grids = torch.Generator().manual_seed(seed), {}
     for i in tqdm(range(scored), "scoring", unit="image", leave=False, disable=not progress):
         sample = dataset[i]
-        label, tolerance = sample["label"], tolerance_of(sample["label"].shape)
+        label, answers, tolerance = sample["label"], ask(sample), tolerance_of(sample["label"].shape)
         (crop, padded), stages = look(model, sample["image"])
         for stage, (grid, index, features) in stages.items():
             rows, columns = cells_of(label.shape, grid, crop, padded)
@@ -308,15 +308,16 @@ def compare(model, dataset, images=None, seed=0, progress=True):
             for row, cells in codes.items():
                 said = cells[rows][:, columns]                                            # (H,W)
                 tables[stage, row] += count_pairs(said, label, K[stage, row], L)
+                for question, answer in answers.items():
+                    asked[stage, row][question] += count_pairs(said, answer, K[stage, row], QUESTIONS[question])
                 edges[stage, row] += count_borders(said, label, tolerance)
                 used[stage, row] += torch.bincount(cells.flatten(), minlength=K[stage, row])
     model.train(was_training)
-    attributes = attributes_of(dataset)
     result = {"images": scored, "fitted": n // 2, "names": L, "seed": seed, "stages": {}}
     for stage in model.stages:
         centres = {TOKENS: model.codebook(stage).detach().cpu(), **fitted[stage]["centres"]}
-        rows = {row: summary(tables[stage, row], edges[stage, row], used[stage, row], centres.get(row), attributes)
-                for row in ROWS}
+        rows = {row: summary(tables[stage, row], edges[stage, row], used[stage, row], centres.get(row),
+                             asked[stage, row] if answers else {}) for row in ROWS}
         result["stages"][stage] = {"codes": K[stage, TOKENS], "grid": grids[stage], "rows": rows}
     return result
 
@@ -361,7 +362,7 @@ def format_meaning(result, title):
     lines += ["", "NMI: 2 I / (H + H).  recall, precision: of borders, within .75 % of the diagonal, at least 1 pixel."
               "  cosine: mean, between used codes."]
     if "NMI colour" in columns:
-        lines.append("NMI colour, NMI shape: with only that part of an object's name, on the pixels of objects.")
+        lines.append("NMI colour, texture, part, noun: with that alone, on the pixels of objects.")
     return "\n".join([*lines, "", *margins(result["stages"])]) + "\n"
 
 

@@ -183,7 +183,7 @@ def test_gram_distances_equal_naive_ones_in_value_and_straight_through_gradient(
 
 
 def test_far_from_the_origin_distances_are_still_distances():
-    """Off the sphere (--no-vmf) codes may be long and close together: the Gram form must not cancel to noise."""
+    """Off the sphere (--ablate no-vmf) codes may be long and close together: the Gram form must not cancel to noise."""
     z = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0))
     true = torch.cdist(z.double(), z.double()).square()
     far = squared_distances(z + 3000)
@@ -192,7 +192,7 @@ def test_far_from_the_origin_distances_are_still_distances():
 
 
 def test_one_long_code_everywhere_pulls_at_nothing():
-    """All features on one code is where --no-vmf may end: what is left there is rounding, and must not be divided by."""
+    """All features on one code is where training off the sphere may end: what is left there is rounding, and must not be divided by."""
     code = 1000 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     noise = 1e-4 * torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(1))
     zq = (code.view(1, 32, 1, 1) + noise).requires_grad_()

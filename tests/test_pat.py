@@ -213,11 +213,12 @@ def mix(mixer, t):
     return third(F.gelu(second(F.gelu(first(t.mT))))).mT
 
 
-def assigned(u, vq, codes, vmf):
-    """The code of the largest cosine with the gradient of the unit feature; off the sphere all of it on raw vectors."""
+def assigned(u, vq, codes, metric):
+    """The code of the largest cosine with the gradient of the unit feature; off the sphere all of it on raw vectors: the
+    code of the largest dot product, or the nearest one."""
     x = rows(conv(vq.pre, u))                                                             # (B,h*w,D)
-    x, codes = (unit(x), unit(codes)) if vmf else (x, codes)
-    index = (x @ codes.T).argmax(-1)
+    x, codes = (unit(x), unit(codes)) if metric == "cosine" else (x, codes)
+    index = torch.cdist(x, codes).argmin(-1) if metric == "euclidean" else (x @ codes.T).argmax(-1)
     zq = codes[index].detach() + x - x.detach()
     return zq.mT.reshape(len(u), -1, *u.shape[2:]), index.reshape(len(u), *u.shape[2:])
 
@@ -248,7 +249,7 @@ def eq2(model, image, f):
             u = dysample(u)
         u = u + x if c.residual else u
         assert u.shape[2:] == (h * s, w * s)
-        found[stage] = assigned(u, model.pixels.vq[stage], codes(stage), c.vmf)           # zq = vMFVQ(E, W_pre u)
+        found[stage] = assigned(u, model.pixels.vq[stage], codes(stage), c.metric)           # zq = vMFVQ(E, W_pre u)
 
     pos = side.pos_embed.mT.reshape(1, -1, c.side.grid, c.side.grid)                      # the side ViT, as SAN has it
     pos = rows(F.interpolate(pos, (h, w), mode="bicubic"))
@@ -262,20 +263,20 @@ def eq2(model, image, f):
             stage, layers = PYRAMID[i], model.semantic[i]
             z = z + rows(f[i + 1])                                                        # z = z + f
             if c.mixer:
-                E = unit(codes(stage)) if c.vmf else codes(stage)
+                E = unit(codes(stage)) if c.metric == "cosine" else codes(stage)
                 start = q if c.unified else layers.tok(E)                                 # t = W_tok g(E) [+ Mix(t')]
                 t = start if i == 0 else start + mix(layers.mix_before, t)
-                t = layers.norm_t(t + attended(layers.hsattn, c.hs_heads, t, z, z, c.kappa if c.vmf else None))
+                t = layers.norm_t(t + attended(layers.hsattn, c.hs_heads, t, z, z, c.kappa if c.metric == "cosine" else None))
             e_global = mix(layers.mix, t) if c.mixer else 0                               # q = LN(q + Attn(q + Mix(t)..
             q = layers.norm_q(q + attended(layers.attn, c.hs_heads, q + e_global, z, z))
     z8 = z.mT.reshape(len(image), -1, h, w)
-    found["latent"] = assigned(z8, model.latent, codes("latent"), c.vmf)
+    found["latent"] = assigned(z8, model.latent, codes("latent"), c.metric)
     return found, q
 
 
 @pytest.mark.parametrize("switches", [
-    {}, dict(vmf=False), dict(scales=(4, 4, 4)), dict(scales=(1, 1, 1)), dict(scales=(2, 2, 1)), dict(scales=(8, 4, 2)),
-    dict(mixer=False), dict(residual=False), dict(unified=True), dict(unified=True, vmf=False), dict(depth=3)], ids=str)
+    {}, dict(metric="dot"), dict(metric="euclidean"), dict(scales=(4, 4, 4)), dict(scales=(1, 1, 1)), dict(scales=(2, 2, 1)), dict(scales=(8, 4, 2)),
+    dict(mixer=False), dict(residual=False), dict(unified=True), dict(unified=True, metric="dot"), dict(depth=3)], ids=str)
 def test_the_walk_is_eq_2_to_the_last_digits_forward_and_backward(switches):
     """On an oblong batch, with five blocks, a kappa of its own and no number as it starts, in float64.
 
@@ -363,16 +364,18 @@ def test_numbers_arrive_where_they_count():
 
 def test_every_row_of_table_ii_switches_what_the_design_says():
     """Section 10, literally: that number and no other."""
-    table = {"no-vmf": dict(vmf=False), "scales-4-4-4": dict(scales=(4, 4, 4)), "scales-1-1-1": dict(scales=(1, 1, 1)),
+    table = {"no-vmf": dict(metric="euclidean"), "no-vmf-dot": dict(metric="dot"),
+             "scales-4-4-4": dict(scales=(4, 4, 4)), "scales-1-1-1": dict(scales=(1, 1, 1)),
              "no-align": dict(align="none"), "no-mixer": dict(mixer=False), "no-residual": dict(residual=False),
              "unified": dict(unified=True), "separate-decoders": dict(separate_decoders=True),
              "one-stage-removed": dict(decoder_stages=("mid", "late")),
-             "two-stages-removed": dict(decoder_stages=("late",)), "three-stages-removed": dict(decoder_stages=())}
+             "two-stages-removed": dict(decoder_stages=("late",)), "three-stages-removed": dict(decoder_stages=()),
+             "only-early-mid": dict(decoder_stages=("early", "mid")), "only-early": dict(decoder_stages=("early",))}
     assert {row: PAT.ABLATIONS[row] for row in table} == table
 
 
 @pytest.mark.parametrize("changes, claim", [
-    (dict(vmf=False), lambda m, out: type(m.semantic[0].hsattn).__name__ == "Attn"
+    (dict(metric="dot"), lambda m, out: type(m.semantic[0].hsattn).__name__ == "Attn"
      and not torch.allclose(out["tokens"]["early"].zq.norm(dim=1), torch.ones(2, 32, 32))),
     (dict(scales=(4, 4, 4)), lambda m, out: all(out["tokens"][s].index.shape[-1] == 32 for s in PYRAMID)),
     (dict(scales=(1, 1, 1)), lambda m, out: all(out["tokens"][s].index.shape[-1] == 8 for s in PYRAMID)),
@@ -394,10 +397,10 @@ def test_every_switch_changes_what_it_claims_and_leaves_no_idle_parameter(change
 
 
 def test_the_rows_of_table_two_are_numbers_of_the_model():
-    """Eleven names, each another model than the whole and than the other rows."""
+    """Fourteen names, each another model than the whole and than the other rows."""
     whole = preset("world")
     rows = [whole, *(changed(whole, **numbers) for numbers in pat.PAT.ABLATIONS.values())]
-    assert len(rows) == 12 and all(a != b for i, a in enumerate(rows) for b in rows[:i])
+    assert len(rows) == 15 and all(a != b for i, a in enumerate(rows) for b in rows[:i])
 
 
 def test_without_residual_the_codes_do_not_see_pixels_that_clip_does_not():
@@ -417,7 +420,7 @@ def test_every_number_of_the_papers_configuration(net):
                   width=240, depth=8, heads=6, patch=16, grid=40, queries=100,
                   vlm="ViT-B-16", pretrained="openai", clip_scale=0.5, depths=(), short_side=640, long_side=2560,
                   w_vq=0.1, w_align=0.1, w_rec=1.0, points=12544, crf_samples=1000, align="scale-free",
-                  align_latent=False, perceptual=True, restart_after=240, restart_share=0.1, vmf=True, mixer=True, residual=True, unified=False, separate_decoders=False,
+                  align_latent=False, perceptual=True, restart_after=240, restart_share=0.1, metric="cosine", mixer=True, residual=True, unified=False, separate_decoders=False,
                   decoder_stages=("early", "mid", "late"))
     assert {name: flat(net)[name] for name in stated} == stated
 
@@ -737,10 +740,10 @@ def test_idle_images_are_counted_and_a_restart_begins_anew():
 
 
 @pytest.mark.parametrize("numbers, step, restarts", [
-    (dict(), 84, True), (dict(), 85, False), (dict(restart_after=0), 0, False), (dict(vmf=False), 0, False),
-    (dict(unified=True), 0, False)], ids=str)
+    (dict(), 84, True), (dict(), 85, False), (dict(restart_after=0), 0, False), (dict(metric="dot"), 0, False),
+    (dict(metric="euclidean"), 0, True), (dict(unified=True), 0, False)], ids=str)
 def test_codes_restart_only_where_that_helps(numbers, step, restarts):
-    """Not in the last 15 % of the steps, off the sphere, or in a codebook that is the queries; uses count all the same."""
+    """Not in the last 15 % of the steps, by dot product, or in a codebook that is the queries; uses count all the same."""
     config = tiny(**{"restart_after": 1, "batch": 2, **numbers})
     config.recipe.steps = 100
     model = begun(build(config.run))
@@ -753,8 +756,10 @@ def test_codes_restart_only_where_that_helps(numbers, step, restarts):
     assert all((line["restarted"] > 0) == restarts and line["used"] == 1 for line in lines.values())
 
 
-def test_off_the_sphere_codes_start_on_features_of_their_own_length_and_never_again():
-    config = tiny(restart_after=1, vmf=False)
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+def test_off_the_sphere_codes_start_on_features_of_their_own_length(metric):
+    """By dot product never again; by distance those that nobody chose, again on features as long as they are."""
+    config = tiny(restart_after=1, metric=metric)
     model = build(config.run)
     text = model.vlm.embed_text(World.train_names)
     _, remembered = gradients(model, text, micro_batches(config), config)
@@ -766,8 +771,15 @@ def test_off_the_sphere_codes_start_on_features_of_their_own_length_and_never_ag
     before = {n: p.clone() for n, p in model.named_parameters() if "codebook" in n}
     _, remembered = gradients(model, text, micro_batches(config, step=1), config)
     model.after_step(remembered, 1, config)
-    assert [line["restarted"] for line in model.log().values()] == [0] * 4
-    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if "codebook" in n)
+    restarted = [line["restarted"] for line in model.log().values()]
+    if metric == "dot":
+        assert restarted == [0] * 4
+        assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if "codebook" in n)
+    else:
+        moved = (before["latent.codebook"] != model.latent.codebook).any(1)
+        assert sum(restarted) > 0 and moved.sum() == restarted[-1]
+        features = remembered[0][1]["latent"][1].movedim(1, -1).flatten(0, 2)
+        assert not moved.any() or furthest(model.latent.codebook[moved], features) < 1e-6
 
 
 def codebook_lines(model, seen, found, restarted):
@@ -780,7 +792,7 @@ def codebook_lines(model, seen, found, restarted):
     return lines
 
 
-@pytest.mark.parametrize("numbers", [{}, dict(vmf=False), dict(unified=True), dict(accumulate=2)], ids=str)
+@pytest.mark.parametrize("numbers", [{}, dict(metric="dot"), dict(metric="euclidean"), dict(unified=True), dict(accumulate=2)], ids=str)
 def test_what_is_logged_of_the_codebooks_is_what_always_was(numbers, monkeypatch):
     """Counts of every step and micro-batch since the last line, features of the last step's first; then it begins anew."""
     config, restarted = tiny(**{"restart_after": 2, **numbers}), {}

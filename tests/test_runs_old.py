@@ -40,11 +40,11 @@ def test_every_number_of_an_old_config_is_read(model, tmp_path):
     """All of the model's and the run's under their own names; PAT's in a run of SAN are nobody's."""
     config = load_config(written(tmp_path, model=model))
     renamed = {"kernels": "auto", "model": model}             # "torch" was what auto is on a CPU
-    younger = {"align_latent": False, "perceptual": False}    # numbers that there were not; LPIPS was where its file was
+    younger = {"align_latent": False, "perceptual": False, "metric": "cosine"}    # there were not, or called otherwise: vmf
     numbers = flat(config)
     assert numbers == {name: renamed.get(name, as_now({**OLD, **younger}[name])) for name in numbers}
     assert isinstance(config, RunConfig) and isinstance(config.net, {"pat": PATConfig, "san": SANConfig}[model])
-    gone = {"decoder_attention", "clip"} | (set(flat(Recipe())) - {"grad_clip"})
+    gone = {"decoder_attention", "clip", "vmf"} | (set(flat(Recipe())) - {"grad_clip", "muon"})
     only_of = {"pat": {"head_width"}, "san": set(flat(PATConfig())) - set(flat(SANConfig())) - younger.keys()}[model]
     assert set(OLD) - set(numbers) == gone | only_of
 
@@ -53,8 +53,14 @@ def test_the_loops_numbers_of_an_old_config_are_read(tmp_path):
     """`clip` was the norm that gradients are cut to."""
     recipe = filled(Recipe(), read_config(written(tmp_path)))
     numbers = flat(recipe)
-    assert numbers == {name: OLD["clip" if name == "grad_clip" else name] for name in numbers}
+    assert numbers == {name: {**OLD, "grad_clip": OLD["clip"], "muon": False}[name] for name in numbers}      # AdamW then
     assert recipe.grad_clip == 0.7 and recipe.precision == "fp32"
+
+
+def test_without_the_sphere_meant_the_dot_product(tmp_path):
+    """`vmf` is now `metric`: true was the cosine, false the dot product."""
+    assert load_config(written(tmp_path, vmf=False)).net.metric == "dot"
+    assert load_config(written(tmp_path, vmf=True)).net.metric == "cosine"
 
 
 def test_resuming_takes_all_of_them(tmp_path):

@@ -152,10 +152,23 @@ def test_a_sum_over_processes_leaves_what_it_sums_alone(monkeypatch):
 def test_weight_decay_is_apart_from_the_gradient():
     """AdamW: where the gradient is 0, a step of rate .1 and decay .5 leaves 1 - .05 of a weight; Adam would leave .9."""
     p = torch.nn.Parameter(torch.ones(1))
-    optimizer, = Segmenter().optimizers([dict(params=[p], lr=0.1, weight_decay=0.5)], recipe("world").recipe)
+    optimizer, = Segmenter().optimizers([dict(params=[p], lr=0.1, weight_decay=0.5, muon=False)], recipe("world").recipe)
     p.grad = torch.zeros(1)
     optimizer.step()
     assert p.item() == pytest.approx(0.95)
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    """A step of Muon turns all directions of a matrix alike: of a gradient diag(3, 1) its step has the ratio of about 1,
+    AdamW's too, but of [[3, 1], [1, 3]], with singular values 4 and 2, only Muon's step is a multiple of the identity."""
+    W, b = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
+    groups = [dict(params=[b], weight_decay=0.0, muon=False), dict(params=[W], weight_decay=0.0, muon=True)]
+    optimizers = Segmenter().optimizers(groups, changed(recipe("world").recipe, lr=0.1))
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW, torch.optim.Muon]
+    W.grad, b.grad = torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.ones(2)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert -0.04 < W[0, 0] < -0.015 and (W[0, 1] / W[0, 0]).abs() < 0.25 and b.tolist() == pytest.approx([-0.1, -0.1])
 
 
 # --- one formula for three kinds of answer ---------------------------------------------------------------------------

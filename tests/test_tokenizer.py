@@ -54,7 +54,7 @@ def same(a, b):
 # --- what it is ---
 
 
-@pytest.mark.parametrize("changes", [{}, dict(vmf=False), dict(scales=(4, 4, 4)), dict(mixer=False), dict(residual=False),
+@pytest.mark.parametrize("changes", [{}, dict(metric="dot"), dict(scales=(4, 4, 4)), dict(mixer=False), dict(residual=False),
                                      dict(unified=True), dict(separate_decoders=True), dict(decoder_stages=("late",))], ids=str)
 @torch.no_grad()
 def test_its_tokens_are_the_whole_models_bit_for_bit_whatever_is_switched_off(changes):

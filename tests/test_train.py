@@ -177,11 +177,12 @@ def test_lines_and_checkpoints_come_as_often_as_asked(steps, monkeypatch, tmp_pa
 def test_the_papers_numbers_of_the_loop():
     """AdamW at 1e-4 with decay 1e-4, 120,000 steps of 12 images, clipped at 0.01; the paper states no warm-up."""
     paper = dict(steps=120_000, batch=12, lr=1e-4, weight_decay=1e-4, grad_clip=0.01)
-    ours = dict(out="", init="", accumulate=1, warmup=0, precision="bf16", workers=4, log_every=50, save_every=1000,
+    ours = dict(out="", init="", accumulate=1, warmup=0, muon=False, precision="bf16", workers=4, log_every=50, save_every=1000,
                 stop_at=0, val_images=300)
     assert asdict(Recipe()) == {**paper, **ours}
     assert recipe("coco").recipe == recipe("coco", "san").recipe == Recipe()
-    (optimizer,) = build(tiny("san").run).optimizers([dict(params=[torch.zeros(1, requires_grad=True)])], Recipe())
+    (optimizer,) = build(tiny("san").run).optimizers(
+        [dict(params=[torch.zeros(1, requires_grad=True)], muon=False)], Recipe())
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == 1e-4
 
 
@@ -189,7 +190,7 @@ def test_the_papers_numbers_of_the_loop():
 def test_the_worlds_numbers_of_the_loop(model):
     """Ten minutes on two cores: 1,300 steps of 8 scenes, warmed up over 100."""
     assert recipe("world", model).recipe == Recipe(steps=1300, batch=8, lr=8e-4, warmup=100, grad_clip=1.0, weight_decay=0.01,
-                                                   save_every=200, log_every=20, workers=0)
+                                                   save_every=200, log_every=20, val_images=1000, workers=0)
 
 
 @pytest.mark.parametrize("numbers, processes, says", [
@@ -258,7 +259,7 @@ def test_resuming_equals_never_having_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--ablate", "no-vmf"], ["--ablate", "scales-4-4-4"], ["--ablate", "scales-1-1-1"], ["--ablate", "no-align"],
+    ["--ablate", "no-vmf"], ["--ablate", "no-vmf-dot"], ["--ablate", "scales-4-4-4"], ["--ablate", "scales-1-1-1"], ["--ablate", "no-align"],
     ["--set", "align=literal"], ["--ablate", "no-mixer"], ["--ablate", "no-residual"], ["--ablate", "unified"],
     ["--ablate", "separate-decoders"], ["--ablate", "one-stage-removed"], ["--ablate", "two-stages-removed"],
     ["--ablate", "three-stages-removed"], ["--model", "san"]], ids=" ".join)
@@ -353,9 +354,9 @@ def test_presets_are_the_papers_recipe():
     (["--model", "san", "--ablate", "no-align"], "--ablate no-align: san has nothing to switch off"),
     (["--model", "san", "--set", "unified=true"], "model san has no number called unified: that number is PAT's"),
     (["--ablate", "no-mixxer"], "--ablate no-mixxer: pat has no-vmf, .*; did you mean no-mixer"),
-    (["--ablate", "tokens"], "--ablate tokens: pat has no-vmf, scales-4-4-4"),
+    (["--ablate", "tokens"], "--ablate tokens: pat has no-vmf, no-vmf-dot, scales-4-4-4"),
     (["--set", "w_rek=1"], "no number called w_rek; did you mean w_rec"), (["--set", "w_rec"], "--set w_rec: takes NAME=VALUE"),
-    (["--set", "vmf=perhaps"], "vmf=perhaps: takes true or false"), (["--set", "scales=a,b"], "scales=a,b: takes values with"),
+    (["--set", "mixer=perhaps"], "mixer=perhaps: takes true or false"), (["--set", "scales=a,b"], "scales=a,b: takes values with"),
     (["--set", "w_rec=much"], "w_rec=much: takes a number, such as 60.0"), (["--set", "points=1.5"], "takes a whole number"),
     (["--set", "dense_width=3"], "model pat has no number called dense_width: that number is DENSE's"),
     (["--resume", "runs/x", "--set", "w_rec=1"], "leave out --set"), (["--resume", "runs/x", "--ablate", "no-vmf"], "out --ablate"),
@@ -374,11 +375,11 @@ def test_bad_flags_end_in_one_line(flags, says, tmp_path):
 
 def test_set_gives_any_number_its_kind_wherever_it_lives():
     """Of the loop, of the model, of its parts; the last one counts, and --set beside its own flag agrees with it."""
-    pairs = ["w_rec=1", "scales=2,2,1", "vmf=false", "decoder_stages=late", "depths=0,1,2,3", "width=48", "warmup=7",
+    pairs = ["w_rec=1", "scales=2,2,1", "mixer=false", "decoder_stages=late", "depths=0,1,2,3", "width=48", "warmup=7",
              "grad-clip=0.5", "align = literal", "lr=3e-4", "w_vq=1", "w_vq=2"]
     config, resume, *_ = parse([word for pair in pairs for word in ("--set", pair)])
     net, loop = config.run.net, config.recipe
-    assert (net.w_rec, net.scales, net.vmf, net.decoder_stages, net.w_vq) == (1.0, (2, 2, 1), False, ("late",), 2.0)
+    assert (net.w_rec, net.scales, net.mixer, net.decoder_stages, net.w_vq) == (1.0, (2, 2, 1), False, ("late",), 2.0)
     assert (net.clip.depths, net.side.width, loop.warmup, loop.grad_clip, loop.lr) == ((0, 1, 2, 3), 48, 7, 0.5, 3e-4)
     assert not resume and isinstance(net.w_rec, float)
     assert parse(["--set", "steps=9"])[0] == parse(["--steps", "9"])[0] != parse([])[0]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from data import rng_for
-from vq import (assign, assign_dot, codebook_health, commitment_loss, features_at, nearest, quantise, restart_dead_codes,
+from vq import (RULES, assign, closest, codebook_health, commitment_loss, features_at, nearest, quantise, restart_dead_codes,
                 straight_through, vMFVQ)
 
 
@@ -51,11 +51,22 @@ def test_a_code_opposite_to_the_feature_still_has_an_index():
 
 
 def test_by_dot_product_length_counts():
-    """x = (2, 1): dot products 2 and 3 with (1, 0) and (0, 3), though the first points nearer; `assign_dot` keeps lengths."""
+    """x = (2, 1): dot products 2 and 3 with (1, 0) and (0, 3), though the first points nearer."""
     x, codes = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     assert nearest(x, codes).tolist() == [1] and assign(x, codes)[0].tolist() == [0]
-    index, code, score = assign_dot(x, codes)
-    assert index.tolist() == [1] and code.tolist() == [[0.0, 3.0]] and score.tolist() == [3.0]
+
+
+def test_three_metrics_three_codes():
+    """x = (2, 1).  (3, 1.5) points the same way; (2, 0) lies nearest, 1 away; (0, 9) has the largest product, 9."""
+    x, codes = torch.tensor([[2.0, 1.0]]), torch.tensor([[3.0, 1.5], [2.0, 0.0], [0.0, 9.0]])
+    assert assign(x, codes)[0].tolist() == [0] and nearest(x, codes).tolist() == [2] and closest(x, codes).tolist() == [1]
+    assert RULES == {"dot": nearest, "euclidean": closest}
+
+
+def test_closest_is_argmin_of_the_distance():
+    """Against torch.cdist, where no two distances are within rounding."""
+    x, codes = torch.randn(200, 8, dtype=torch.float64), 3 * torch.randn(30, 8, dtype=torch.float64)
+    assert torch.equal(closest(x, codes), torch.cdist(x, codes).argmin(1))
 
 
 def test_straight_through_has_the_value_of_the_code_and_the_gradient_of_x():
@@ -115,7 +126,8 @@ def test_the_codebook_gradient_is_the_same_bits_every_time():
 
 
 QUANTISERS = {"vMFVQ": lambda: vMFVQ(6, 16, 4), "vMFVQ, plain": lambda: vMFVQ(6, 16, 4, kernels="plain"),
-              "off the sphere": lambda: vMFVQ(6, 16, 4, vmf=False)}           # 16 codes of 4
+              "off the sphere": lambda: vMFVQ(6, 16, 4, metric="dot"),
+              "nearest in space": lambda: vMFVQ(6, 16, 4, metric="euclidean")}           # 16 codes of 4
 
 
 @pytest.mark.parametrize("kind", QUANTISERS)
@@ -129,7 +141,7 @@ def test_what_a_quantiser_returns_fits_together(kind):
     assert torch.equal(vq.choose(tokens.x.permute(0, 2, 3, 1).flatten(0, 2), codes), tokens.index.flatten())
     assert tokens.loss.shape == (2, 3, 5)
     if vq.codebook is not None:                               # a rule without a codebook has nothing to lose
-        x = F.normalize(tokens.x, dim=1) if vq.vmf else tokens.x                          # zq has the value of the code
+        x = F.normalize(tokens.x, dim=1) if vq.metric == "cosine" else tokens.x           # zq has the value of the code
         torch.testing.assert_close(tokens.loss, 1.25 * (x - tokens.zq).square().mean(1))
     (tokens.zq * torch.randn_like(tokens.zq)).sum().backward()
     assert vq.pre.weight.grad.abs().sum() > 0
@@ -138,13 +150,13 @@ def test_what_a_quantiser_returns_fits_together(kind):
 def test_bf16_is_asked_by_the_quantisers_own_rule():
     """By dot product the long code takes everything; by cosine half the features lie on a border that bf16 moves."""
     codes, x = torch.tensor([[1.0, 0.0], [0.0, 9.0]]), torch.tensor([[1.0, 1.0], [1.001, 1.002]])
-    counts, off = torch.tensor([0, 2]), vMFVQ(2, 2, 2, vmf=False)
+    counts, off = torch.tensor([0, 2]), vMFVQ(2, 2, 2, metric="dot")
     assert [codebook_health(counts, codes, x, *rule)["bf16"] for rule in ((), (off.choose,))] == [0.5, 1.0]
 
 
 def test_without_vmf_length_matters():
     """Dot-product VQ: a long code wins over a parallel short one; its code is returned unnormalised."""
-    vq = vMFVQ(2, 2, 2, vmf=False)
+    vq = vMFVQ(2, 2, 2, metric="dot")
     with torch.no_grad():
         vq.pre.weight.copy_(torch.eye(2).view(2, 2, 1, 1))
         vq.pre.bias.zero_()

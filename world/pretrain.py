@@ -3,8 +3,8 @@
     python -m world.pretrain              its zero-shot accuracy over 64 names, single objects
     python -m world.pretrain --train      train it again (about an hour on two cores) and write clip.safetensors
 
-Two stages: 320k single objects at 32x32 pixels, then, the position grid tiled 2x2, 288k scenes at 64x64.  One grain of
-caption a batch ("red star", "striped red star", "star", ...), and every caption that is true of a picture is its own.
+Two stages: 512k single objects at 32x32 pixels, then, the position grid tiled 2x2, 384k scenes at 64x64.  One grain of
+caption a batch ("striped boat", "red striped boat", "boat", ...); every caption true of a picture is its own.
 Captions cover all 64 names, as a web-trained CLIP's would: which of them are unseen is a matter of masks, not of words.
 
 # ours: all of it.
@@ -26,35 +26,42 @@ from clip import TEMPLATES, load_vlm
 from cli import parse_flags, run_cli
 from data import rng_for, to_tensor
 from world.clip import WORLD_WEIGHTS, world_clip
-from world.scenes import OBJECTS, TEXTURES, scene
+from world.scenes import OBJECTS, RADIUS, scene
+
+
+GRAINS = {"names": .3, "objects": .3, "coloured": .1, "nouns": .12, "textures": .1, "stuffs": .08}      # how often
 
 
 def captions(things, grounds, grain):
-    """The names that are true of a scene at one grain; a scene without objects falls back to its stuffs."""
+    """The names that are true of a scene at one grain; where it has none, whatever is true of it."""
     objects = [OBJECTS[kind] for kind, _ in things]
     return {"names": objects + grounds, "objects": objects, "stuffs": grounds,
-            "textured": [f"{TEXTURES[texture]} {OBJECTS[kind]}" for kind, texture in things],
-            "colours": [name.split()[0] for name in objects],
-            "shapes": [name.split()[1] for name in objects]}[grain] or grounds
+            "coloured": [f"{colour} {OBJECTS[kind]}" for kind, colour in things],
+            "textures": [name.split()[0] for name in objects],
+            "nouns": [name.split()[1] for name in objects]}[grain] or objects or grounds
 
 
 def pretrain_batch(step, n, size, seed):
     """Images (n,3,size,size), the batch's captions, and which caption is true of which image (n,captions).
 
-    One grain of caption a batch: mixed grains punish "red star" for not being "star".  32 pixels: a single object.
-    64 pixels: one third single objects, two thirds scenes of up to four.
+    One grain of caption a batch: mixed grains punish "striped boat" for not being "boat".  32 pixels: a single object.
+    64 pixels: one third single objects, two thirds scenes of up to three.  Of the single objects each third stands on
+    one flat colour, as in a catalogue, so that a cut-out is nothing new.
     """
     rng = rng_for(seed, 77, step, size)
-    grain = rng.choice(["names", "objects", "textured", "colours", "shapes", "stuffs"], p=[.35, .35, .1, .06, .08, .06])
+    grain = rng.choice(list(GRAINS), p=list(GRAINS.values()))
     template = (TEMPLATES + ("{}",) * 3)[rng.integers(len(TEMPLATES) + 3)]
     images, names = [], []
     for i in range(n):
         single = size == 32 or i % 3 == 0
-        objects = (1, 1) if single else (i % 3 - 1, 4)
-        stuffs = (1, 1 if single else 2)
-        image, _, things, grounds = scene(rng_for(seed, 78, step, i, size), size, objects, stuffs=stuffs)
-        images.append(to_tensor(image))
-        names.append(set(captions(things, grounds, grain)))
+        radius = (11, 16) if size == 32 else RADIUS
+        rng = rng_for(seed, 78, step, i, size)
+        drawn = scene(rng, size, (1, 1) if single else (i % 3, 3), stuffs=(1, 1 if single else 2), radius=radius)
+        flat = single and i % 9 < 3
+        if flat:
+            drawn.image[drawn.label >= len(OBJECTS)] = rng.integers(0, 256, 3)
+        images.append(to_tensor(drawn.image))
+        names.append(set(captions(drawn.things, [] if flat else drawn.grounds, grain)))
     vocabulary = sorted(set().union(*names))
     true = torch.tensor([[float(name in own) for name in vocabulary] for own in names])
     return torch.stack(images), [template.format(name) for name in vocabulary], true
@@ -66,15 +73,20 @@ def multi_positive(logits, true):
 
 
 @torch.no_grad()
-def zero_shot(vlm, n, size=64, seed=999):
-    """Share of n single-object scenes whose colour+shape name, among 64, is the nearest: (both, colour, shape)."""
+def zero_shot(vlm, n, size=64, seed=999, cut_out=False):
+    """Share of n objects whose name, among 64, is the nearest: (both, texture, noun).
+
+    One object on one stuff; `cut_out`: each object of full scenes by its true mask, on the mean colour of CLIP's input.
+    """
     text, hits = vlm.embed_text(OBJECTS), []                                              # (64,E)
     for i in range(n):
-        image, _, things, _ = scene(rng_for(seed, i), size, (1, 1), stuffs=(1, 1))
-        if things:                                            # an object number is 8 * colour + shape
-            cosines = vlm.model.encode_image(to_tensor(image)[None], normalize=True) @ text.T              # (1,64)
-            said, true = cosines.argmax().item(), things[0][0]
-            hits.append((said == true, said // 8 == true // 8, said % 8 == true % 8))
+        drawn = scene(rng_for(seed, i), size) if cut_out else scene(rng_for(seed, i), size, (1, 1), stuffs=(1, 1))
+        for kind, _ in drawn.things:                          # an object number is 4 * noun + texture
+            image = to_tensor(drawn.image)
+            if cut_out:
+                image = image * torch.from_numpy(drawn.label == kind)
+            said = (vlm.model.encode_image(image[None], normalize=True) @ text.T).argmax().item()          # (1,64)
+            hits.append((said == kind, said % 4 == kind % 4, said // 4 == kind // 4))
     return torch.tensor(hits).float().mean(0).tolist()
 
 
@@ -101,8 +113,8 @@ def pretrain_stage(model, tokenizer, size, steps, n, lr, seed):
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def pretrain(path, seed=0, steps=(2500, 4500)):
-    """The recipe: 320k single objects at 32x32, then, the position grid tiled 2x2, 288k scenes at 64x64."""
+def pretrain(path, seed=0, steps=(4000, 6000)):
+    """The recipe: 512k single objects at 32x32, then, the position grid tiled 2x2, 384k scenes at 64x64."""
     torch.manual_seed(seed)
     small, big, tokenizer = world_clip(32), world_clip(64), open_clip.SimpleTokenizer(context_length=24)
     pretrain_stage(small, tokenizer, 32, steps[0], 128, 2e-3, seed)
@@ -124,8 +136,9 @@ def main(argv=None):
     if args.train:
         pretrain(Path(args.out), args.seed)
     vlm = load_vlm("world", args.out, scale=1.0, depths=(0, 2, 3, 4))
-    both, colour, shape = zero_shot(vlm, 2048)
-    print(f"zero-shot over 64 names, 2,048 single-object scenes: {both:.3f} (colour {colour:.3f}, shape {shape:.3f})")
+    for title, cut_out in (("2,048 objects on one stuff", False), ("objects of 1,000 scenes, cut out", True)):
+        both, texture, noun = zero_shot(vlm, 1000 if cut_out else 2048, cut_out=cut_out)
+        print(f"zero-shot over 64 names, {title}: {both:.3f} (texture {texture:.3f}, noun {noun:.3f})")
 
 
 if __name__ == "__main__":

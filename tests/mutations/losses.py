@@ -60,6 +60,10 @@ MUTATIONS = [
              "gate: Callable = identity", tests="tests/test_segmenter.py -k by_hand"),
     Mutation("segmenter.py", "what scores below zero has no name", 'floor: float = float("-inf")',
              "floor: float = 0.0", tests="tests/test_predict.py"),
-    Mutation("segmenter.py", "weight decay through the gradient", "torch.optim.AdamW(groups",
-             "torch.optim.Adam(groups", tests="tests/test_segmenter.py -k decay"),
+    Mutation("segmenter.py", "weight decay through the gradient", "torch.optim.AdamW(rest",
+             "torch.optim.Adam(rest", tests="tests/test_segmenter.py -k decay"),
+    Mutation("segmenter.py", "the matrices are nobody's", "[torch.optim.AdamW(rest, lr=recipe.lr), *muons]",
+             "[torch.optim.AdamW(rest, lr=recipe.lr)]", tests="tests/test_segmenter.py -k muon"),
+    Mutation("segmenter.py", "Muon steps at a rate of its own", 'adjust_lr_fn="match_rms_adamw"', "adjust_lr_fn=None",
+             tests="tests/test_segmenter.py -k muon"),
 ]

@@ -163,5 +163,5 @@ MUTATIONS = [
         ("the paper's decay in the world", "grad_clip=1.0, weight_decay=0.01", "grad_clip=1.0, weight_decay=1e-4"),
         ("rare checkpoints in the world", "save_every=200, log_every=20", "save_every=2000, log_every=20"),
         ("few lines in the world", "save_every=200, log_every=20", "save_every=200, log_every=50"),
-        ("workers for scenes of a millisecond", "        workers=0)}", "        workers=4)}")]),
+        ("workers for scenes of a millisecond", "        val_images=1000, workers=0)}", "        val_images=1000, workers=4)}")]),
 ]

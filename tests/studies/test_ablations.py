@@ -15,7 +15,7 @@ from pat import PAT
 from runs import build, flat
 from san import trainable
 from studies import ablations
-from studies.ablations import (OURS, ROWS, STEPS, Row, ablate, check_run, format_markdown, format_text, jobs,
+from studies.ablations import (AGAIN, OURS, ROWS, STEPS, Row, ablate, check_run, format_markdown, format_text, jobs,
                                paper_change, parse_ablations, run_config, tabulate, verdict)
 from tests.helpers import tiny
 from train import Training, parse, recipe
@@ -46,22 +46,26 @@ def refuse(config, resume, device):
 # --- the rows ---
 
 
-def test_the_rows_are_the_thirteen_of_table_two():
+def test_the_rows_are_the_thirteen_of_table_two_and_three_read_again():
     assert [row.name for row in ROWS] == [
-        "pat", "no-vmf", "scales-4-4-4", "scales-1-1-1", "no-align", "no-mixer", "no-residual", "unified",
-        "separate-decoders", "one-stage-removed", "two-stages-removed", "three-stages-removed", "san"]
-    assert len({str(row.changes) for row in ROWS}) == len({row.label for row in ROWS}) == 13
+        "pat", "no-vmf", "no-vmf-dot", "scales-4-4-4", "scales-1-1-1", "no-align", "no-mixer", "no-residual", "unified",
+        "separate-decoders", "one-stage-removed", "two-stages-removed", "three-stages-removed",
+        "only-early-mid", "only-early", "san"]
+    assert len({str(row.changes) for row in ROWS}) == len({row.label for row in ROWS}) == 16
+    assert all(ROW[name].paper == ROW[row].paper for name, (_, row) in AGAIN.items()) and len(AGAIN) == 3
     assert {row.name: row.changes for row in ROWS[1:-1]} == PAT.ABLATIONS                 # told there, and only there
     assert OURS not in {row.paper for row in ROWS}
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("pat", []), ("no-vmf", ["--set", "vmf=false"]), ("scales-4-4-4", ["--set", "scales=4,4,4"]),
+    ("pat", []), ("no-vmf", ["--set", "metric=euclidean"]), ("no-vmf-dot", ["--set", "metric=dot"]),
+    ("scales-4-4-4", ["--set", "scales=4,4,4"]),
     ("scales-1-1-1", ["--set", "scales=1,1,1"]), ("no-align", ["--set", "align=none"]),
     ("no-mixer", ["--set", "mixer=false"]), ("no-residual", ["--set", "residual=false"]),
     ("unified", ["--set", "unified=true"]), ("separate-decoders", ["--set", "separate_decoders=true"]),
     ("one-stage-removed", ["--set", "decoder_stages=mid,late"]), ("two-stages-removed", ["--set", "decoder_stages=late"]),
-    ("three-stages-removed", ["--set", "decoder_stages="]), ("san", ["--model", "san"])])
+    ("three-stages-removed", ["--set", "decoder_stages="]), ("only-early-mid", ["--set", "decoder_stages=early,mid"]),
+    ("only-early", ["--set", "decoder_stages=early"]), ("san", ["--model", "san"])])
 def test_a_row_is_the_run_of_its_one_flag(name, flags, tmp_path):
     """The config of a row's run equals the one parsed from the flag, and from --ablate, every field of it."""
     default, *_ = parse(["--out", str(tmp_path)])
@@ -71,7 +75,7 @@ def test_a_row_is_the_run_of_its_one_flag(name, flags, tmp_path):
 
 
 def test_a_row_keeps_the_numbers_that_were_asked_for_and_that_its_model_has(tmp_path):
-    """--lr and --set points reach all thirteen, --set kappa all that have one."""
+    """--lr and --set points reach all rows, --set kappa all that have one."""
     default, *_ = parse(["--out", str(tmp_path), "--lr", "0.5", "--set", "points=7", "--set", "kappa=9"])
     for row in ROWS:
         numbers = flat(run_config(default, row, 1))
@@ -106,12 +110,14 @@ def claims(model):
 
 
 @pytest.mark.parametrize("name, differs", [
-    ("pat", {}), ("no-vmf", {"vmf attention": False}), ("scales-4-4-4", {"grids": (32, 32, 32)}),
+    ("pat", {}), ("no-vmf", {"vmf attention": False}), ("no-vmf-dot", {"vmf attention": False}),
+    ("scales-4-4-4", {"grids": (32, 32, 32)}),
     ("scales-1-1-1", {"grids": (8, 8, 8)}), ("no-align", {"alignment": False}),
     ("no-mixer", {"mixers": False, "vmf attention": False}), ("no-residual", {"stem": False}),
     ("unified", {"codebooks": 0, "codes": (20, 20, 20, 20)}), ("separate-decoders", {"decoders": 2}),
     ("one-stage-removed", {"spade blocks": 2}), ("two-stages-removed", {"spade blocks": 1}),
-    ("three-stages-removed", {"spade blocks": 0}),
+    ("three-stages-removed", {"spade blocks": 0}), ("only-early-mid", {"spade blocks": 2}),
+    ("only-early", {"spade blocks": 1}),
     ("san", {"vmf attention": False, "grids": None, "alignment": False, "mixers": False, "stem": False, "codebooks": 0,
              "codes": None, "decoders": 0, "spade blocks": 0})])
 def test_a_rows_model_differs_from_the_default_in_what_its_name_says_and_in_nothing_else(name, differs, tmp_path):
@@ -119,7 +125,7 @@ def test_a_rows_model_differs_from_the_default_in_what_its_name_says_and_in_noth
                "codebooks": 4, "codes": (128, 64, 32, 256), "decoders": 1, "spade blocks": 3}
     model = build(run_config(recipe("world", pretrained="none"), ROW[name], 0).run)
     assert claims(model) == {**default, **differs}
-    assert (trainable(model) == 1_878_401) == (name in ("pat", "no-vmf", "no-align"))
+    assert (trainable(model) == 1_878_401) == (name in ("pat", "no-vmf", "no-vmf-dot", "no-align"))
 
 
 def test_the_papers_changes_worked_by_hand():
@@ -182,11 +188,32 @@ def test_masks_and_pixels_are_judged_apart_and_a_lower_rfid_is_better(partial):
     assert (row["masks"], row["pixels"]) == ("within the spread", "disagree")
 
 
+def test_the_rank_correlation_by_hand(tmp_path):
+    """Masks: PAT 0, mixer -.3, residual -.2, (1,1,1) -.1; the paper's sums 0, -4.5, -8.5, -6.3: ranks 4 1 2 3 and 4 3 1 2,
+    squared distances 0 4 1 1, so 1 - 6 * 6 / (4 * 15) = .4.  Pixels: two rows and PAT, in the paper's order: 1."""
+    config = base(tmp_path)
+    for name, fall, psnr in (("pat", 0, 20.0), ("no-mixer", 0.3, None), ("no-residual", 0.2, 10.0), ("scales-1-1-1", 0.1, 19.0)):
+        finished(run_config(config, ROW[name], 0), mIoU=0.6 - fall, **({} if psnr is None else {"PSNR": psnr}))
+    table = tabulate(config, 1)
+    assert table["rank_correlation"]["masks"][0] == pytest.approx(0.4)
+    assert table["rank_correlation"]["pixels"] == [pytest.approx(1), pytest.approx(1)]
+    assert "Rank correlation with the paper's changes, masks: +0.40\n" in format_text(table)
+    finished(run_config(config, ROW["only-early"], 0), mIoU=0.7)                          # two readings of -4.2, PAT's next
+    finished(run_config(config, ROW["two-stages-removed"], 0), mIoU=0.1)
+    assert tabulate(config, 1)["rank_correlation"]["masks"] == [pytest.approx(0.1), pytest.approx(0.6)]      # 18, 8 of 20
+
+
+def test_only_some_rows_are_trained_on_request():
+    assert [(row.name, seed) for row, seed in jobs(2, only=("san", "pat"))] == [
+        ("pat", 0), ("san", 0), ("pat", 1), ("san", 1)]
+    assert [row.name for row, _ in jobs(1, 1, 2, ("san", "pat"))] == ["san"]
+
+
 def test_missing_is_a_dash_and_failed_is_told(partial):
     table = tabulate(partial, 2)
     text = format_text(table)
     lines = {line[:20].strip(): line.split() for line in text.split("\n\n")[0].splitlines()[1:]}
-    assert len(lines) == 13
+    assert len(lines) == 16
     assert lines["PAT"] == ("PAT 2/2 .650 (.600-.700) .610 (.560-.660) .630 (.580-.680) "
                             "21.00 (20.00-22.00) .021 (.020-.022)").split()
     assert lines["unified tokens"][2:] == "0/2 - - - - -".split()
@@ -209,21 +236,21 @@ def test_markdown_is_one_table_with_the_change_behind_the_range(partial):
     lines = format_markdown(tabulate(partial, 2)).splitlines()
     assert lines[0] == ("|  | seeds | seen | unseen | mIoU | PSNR dB | L1 "
                         "| paper's PC59 | paper's A150 | paper's rFID | masks | pixels |")
-    assert lines[4] == ("| scale (4,4,4) | 2/2 "
+    assert lines[5] == ("| scale (4,4,4) | 2/2 "
                         "| .520 (.500-.540) -.130 | .460 (.450-.470) -.150 | .490 (.475-.505) -.140 "
                         "| 24.00 (23.00-25.00) +3.00 | .024 (.023-.025) +.003 | -0.8 | -0.7 | -1.4 | agree | agree |")
-    assert {line.count("|") for line in lines[:15]} == {13}
+    assert {line.count("|") for line in lines[:18]} == {13}
 
 
 # --- the runs ---
 
 
 def test_all_rows_of_seed_0_come_first_and_processes_share_every_job_once():
-    assert [seed for _, seed in jobs(3)] == [0] * 13 + [1] * 13 + [2] * 13
+    assert [seed for _, seed in jobs(3)] == [0] * 16 + [1] * 16 + [2] * 16
     for processes in (2, 3, 50):
         shares = [jobs(3, rank, processes) for rank in range(processes)]
         names = [(row.name, seed) for share in shares for row, seed in share]
-        assert len(names) == 39 and set(names) == {(row.name, seed) for row, seed in jobs(3)}
+        assert len(names) == 48 and set(names) == {(row.name, seed) for row, seed in jobs(3)}
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -324,9 +351,10 @@ def test_processes_take_their_share_without_a_process_group(tmp_path, monkeypatc
 
 
 def test_an_ablation_of_the_world_has_its_own_steps_and_three_seeds():
-    config, _, seeds, rows = parse_ablations([])
-    assert (config, seeds, rows) == (recipe("world", steps=STEPS), 3, False)
-    config, _, seeds, _ = parse_ablations(["--seeds", "2", "--steps", "9", "--set", "align=literal"])
+    config, _, seeds, rows, only = parse_ablations([])
+    assert (config, seeds, rows, only) == (recipe("world", steps=STEPS), 3, False, ())
+    assert parse_ablations(["--only", "pat,no-mixer"])[-1] == ("pat", "no-mixer")
+    config, _, seeds, *_ = parse_ablations(["--seeds", "2", "--steps", "9", "--set", "align=literal"])
     assert (config.recipe.steps, config.run.net.align, seeds) == (9, "literal", 2)
     assert parse_ablations(["--set", "steps=9"])[0].recipe.steps == 9
     assert parse_ablations(["--preset", "coco", "--data", "d"])[0].recipe.steps == 120_000
@@ -335,7 +363,7 @@ def test_an_ablation_of_the_world_has_its_own_steps_and_three_seeds():
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--seeds", "0"], "--seeds 0"), (["--seeds", "two"], "--seeds.*'two'"),
+    (["--only", "no-mixr"], "--only no-mixr: there are pat, .*; did you mean no-mixer"), (["--seeds", "0"], "--seeds 0"), (["--seeds", "two"], "--seeds.*'two'"),
     (["--seed", "1"], "sets seed itself"), (["--set", "seed=0"], "sets seed itself"),
     (["--set", "mixer=false"], "sets mixer itself"), (["--ablate", "no-mixer"], "sets mixer itself"),
     (["--model", "san"], "sets model itself"), (["--model", "dense"], "sets model itself"),
@@ -392,12 +420,12 @@ def test_the_command_reaches_the_table(tmp_path):
     done = subprocess.run([sys.executable, "-m", "studies.ablations", *flags, "--device", "cpu"], capture_output=True,
                           text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=60)  # it trains nothing
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("1/1") == 13 and (tmp_path / "all" / "table.txt").read_text() in done.stdout
+    assert done.stdout.count("1/1") == 16 and (tmp_path / "all" / "table.txt").read_text() in done.stdout
 
 
 def test_the_rows_can_be_read_without_training(capsys):
     ablations.main(["--rows"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 13 and lines[0].split() == "PAT PC59 +0.0 A150 +0.0 rFID +0.0".split()
-    assert lines[2].split() == "scale (4,4,4) PC59 -0.8 A150 -0.7 rFID -1.4 {'scales': (4, 4, 4)}".split()
+    assert len(lines) == 16 and lines[0].split() == "PAT PC59 +0.0 A150 +0.0 rFID +0.0".split()
+    assert lines[3].split() == "scale (4,4,4) PC59 -0.8 A150 -0.7 rFID -1.4 {'scales': (4, 4, 4)}".split()
     assert lines[-1].split()[-3:] == ["-", "{'model':", "'san'}"]

@@ -49,18 +49,39 @@ def test_a_code_has_one_colour_in_every_picture(model, scenes):
     """The upper left and lower right token of "late", as the token map, Fig. 1, Fig. 6 and the patches' key show it."""
     f, cell = G.stage_maps(model, scenes[0]), 80
     index = f.index["late"]
-    fig1, fig6 = G.stages(model, scenes[:1], cell=cell), G.clustering(model, scenes[:1], (5,), cell=cell)
+    fig1, fig6 = G.stages(model, scenes[:1], cell=cell), G.clustering(model, scenes[:1], stage="late", cell=cell)
     below = 24 + cell + 4 + 18                                # under the first row of pictures and its captions
     for at, code in ((2, index[0, 0]), (cell - 3, index[-1, -1])):
         colour = palette(int(code) + 1)[code]
         assert (pixel(fig1, 4 + 3 * 84 + at, below + at) == colour).all()
-        assert (pixel(fig6, 4 + 2 * 84 + at, 24 + at) == colour).all()
+        assert (pixel(fig6, 4 + 3 * 84 + at, 24 + at) == colour).all()
     examples = {stage: (np.zeros((4, 2, 16, 16, 3), np.uint8), torch.tensor([0, 0, 5, 1])) for stage in STAGES}
     drawn = np.asarray(patches(model, examples)).reshape(-1, 3).tolist()
     assert palette(3)[2].tolist() in drawn and palette(1)[0].tolist() not in drawn        # code 0 was never used
 
 
 # ---- one image ----
+def test_figure_six_shows_three_scenarios_in_their_order():
+    """One object on one ground, one over two, several: the first of each, whatever comes first; without, the first three."""
+    class Labelled(list):
+        groups = {"stuff": (8, 9)}
+
+    labels = ([8], [0, 1, 8], [0, 8, 9], [0, 8], [1, 9], [0, 1, 2, 9])
+    images = [dict(image=i, label=torch.tensor([*names, -1])) for i, names in enumerate(labels)]
+    assert G.scenarios(Labelled(images)) == [3, 2, 1]
+    assert G.scenarios(Labelled(images[:3])) == [0, 1, 2] == G.scenarios(images)
+    assert G.scenarios(images[:1]) == [0]
+
+
+def test_what_figure_six_clusters_is_what_the_quantiser_saw(model, scenes):
+    """Assigned again, it has the codes of the picture's last column."""
+    f = G.stage_maps(model, scenes[0])
+    assert f.x["latent"].shape[1:] == f.index["latent"].shape
+    codes = model.codebook("latent")
+    again = model.latent.choose(f.x["latent"].flatten(1).T, codes)
+    assert torch.equal(again, f.index["latent"].flatten())
+
+
 def test_stage_maps_are_what_the_model_computed(model, scenes):
     """Raw maps are CLIP's own; codes and picture those of an ordinary forward with names."""
     f, image = G.stage_maps(model, scenes[0]), scenes[0]

@@ -15,7 +15,7 @@ from runs import build
 from studies import meaning as M
 from tests.helpers import save_run, tiny
 from vq import nearest
-from world.scenes import WORLD_NAMES, World
+from world.scenes import NOUNS, PARTS, TEXTURES, WORLD_NAMES, World
 
 # --- a map against the labels ---------------------------------------------------------------------------------------
 
@@ -186,20 +186,28 @@ def test_every_pixel_lies_in_its_cell_and_a_cell_has_its_commonest_label():
     assert M.commonest(label, rows, columns, (2, 2), 3).tolist() == [[2, 0], [0, 1]]
 
 
-def test_the_worlds_labels_have_a_colour_and_a_shape():
-    parts = M.attributes_of(World())
-    for i, name in enumerate(WORLD_NAMES[:64]):
-        colour, shape = list(M.COLOURS).index(name.split()[0]), M.SHAPES.index(name.split()[1])
-        assert (parts["colour"][i], parts["shape"][i]) == (colour, shape)
-    assert parts["colour"][64:].tolist() == [-1] * 6 and M.attributes_of(None) == {}
+def test_every_pixel_of_an_object_has_a_colour_a_texture_a_part_and_a_noun():
+    """As its name says; a pixel of stuff has none of the four, and a dataset that does not know is not asked."""
+    for sample in World(length=5):
+        label, answers = sample["label"], M.ask(sample)
+        assert list(answers) == list(M.QUESTIONS) == ["colour", "texture", "part", "noun"]
+        assert all(bool((answer[label >= 64] == -1).all()) for answer in answers.values())
+        for y, x in (label < 64).nonzero()[::97].tolist():
+            texture, noun = WORLD_NAMES[label[y, x]].split()
+            assert TEXTURES[answers["texture"][y, x]] == texture and [*NOUNS][answers["noun"][y, x]] == noun
+            assert PARTS[answers["part"][y, x]] in NOUNS[noun] and 0 <= answers["colour"][y, x] < 8
+    assert M.ask({"label": label}) == {}
 
 
-def test_codes_that_are_colours_tell_all_of_the_colour_and_nothing_of_the_shape():
-    parts, table = M.attributes_of(World()), torch.zeros(9, 70, dtype=torch.int64)
-    table[:8, :64] = torch.eye(8, dtype=torch.int64).repeat_interleave(8, 1) * 5
-    table[8, 64:] = 100                                       # stuff has neither and must not count
-    assert M.nmi(M.sum_groups(table, parts["colour"])) == pytest.approx(1)
-    assert M.nmi(M.sum_groups(table, parts["shape"])) == pytest.approx(0, abs=1e-12)
+def test_codes_that_are_colours_tell_all_of_the_colour_and_little_of_the_rest():
+    """NMI with colour 1, with texture, part and noun far below: colours are drawn at random."""
+    tables = {question: torch.zeros(8, n, dtype=torch.int64) for question, n in M.QUESTIONS.items()}
+    for sample in World(length=200):
+        answers = M.ask(sample)
+        for question, n in M.QUESTIONS.items():
+            tables[question] += M.count_pairs(answers["colour"].clamp(min=0), answers[question], 8, n)
+    assert M.nmi(tables["colour"]) == pytest.approx(1)
+    assert max(M.nmi(tables[question]) for question in ("texture", "part", "noun")) < 0.1        # of 400 objects, by chance
 
 
 # --- the whole table ------------------------------------------------------------------------------------------------
@@ -230,7 +238,7 @@ def test_the_command_writes_what_it_prints(tiny_run, capsys):
             assert row["perplexity"] <= row["used"] + 1e-9
             assert (row["cosine"] is None) == (name in (M.RANDOM, M.LABELS))
         assert found["rows"][M.LABELS]["purity"] > found["rows"][M.RANDOM]["purity"]
-    assert table["stages"]["early"]["grid"] == [32, 32] and "NMI shape" in text
+    assert table["stages"]["early"]["grid"] == [32, 32] and "NMI noun" in text
     rows = table["stages"]["latent"]["rows"]
     more = [rows[M.TOKENS][key] - max(rows[M.RAW][key], rows[M.CENTRED][key]) for key in ("purity", "NMI")]
     assert text.splitlines()[-1].split()[:3] == ["latent", *(f"{difference:+.3f}" for difference in more)]
@@ -289,7 +297,7 @@ def test_raw_features_are_clips_and_brought_to_the_stages_grid(tiny_run):
 
 
 def test_a_folder_of_ones_own_of_any_size(tiny_run, tmp_path):
-    """Two pictures of 30x50 and of 37x70 with unlabelled pixels; no colour or shape there, and padding is no cell."""
+    """Two pictures of 30x50 and of 37x70 with unlabelled pixels; no colour or part is known there, and padding is no cell."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,44 +10,46 @@ import torch
 from PIL import Image
 
 from data import TRAIN, rng_for
-from world.scenes import COLOURS, OBJECTS, SEEN, SHAPES, TEXTURES, UNSEEN, World, inside, scene
+from world.scenes import COLOURS, NOUNS, OBJECTS, PARTS, RADIUS, SEEN, TEXTURES, UNSEEN, World, is_dark, scene
 
-GOLDEN = ((0, [3, 16, 18, 68], 137.76), (1, [1, 6, 44, 45, 64, 67], 95.96), (2, [21, 27, 68], 122.28),
-          (3, [17, 33, 40, 67, 68], 109.01))         # scene, class ids, mean of all its bytes
+GOLDEN = ((0, [16, 48, 68], 126.25), (1, [44, 64, 67], 105.04), (2, [27, 68], 133.55),
+          (3, [33, 45, 67, 68], 119.67))             # scene, class ids, mean of all its bytes
 
 
 # ---- the world ----
 def test_a_scene_depends_on_its_key_alone():
     """The same key gives the same picture and label; another number, another picture."""
     first, again, other = (scene(rng_for(*key)) for key in ((3, 0, 5), (3, 0, 5), (3, 0, 6)))
-    assert (first[0] == again[0]).all() and (first[1] == again[1]).all() and first[2:] == again[2:]
-    assert (first[0] != other[0]).any()
+    for one, two in zip(first, again):
+        assert np.array_equal(one, two)
+    assert (first.image != other.image).any()
 
 
 def test_the_world_is_the_one_its_clip_was_trained_on():
     """Four scenes as they were when this repository's CLIP was pretrained on them: class ids, mean colour."""
     for n, ids, mean in GOLDEN:
-        image, label, _, _ = scene(rng_for(0, 0, n))
-        assert np.unique(label).tolist() == ids
-        assert image.mean() == pytest.approx(mean, abs=0.05)        # a last bit of sin() may differ between machines
+        drawn = scene(rng_for(0, 0, n))
+        assert np.unique(drawn.label).tolist() == ids
+        assert drawn.image.mean() == pytest.approx(mean, abs=0.05)  # a last bit of sin() may differ elsewhere
 
 
-def test_43_of_64_objects_are_seen_and_every_colour_and_shape_is_among_them():
-    """So an unseen class is a new combination of parts that were seen: 43 + 21 = 64."""
-    assert (len(SEEN), len(UNSEEN), len(OBJECTS)) == (43, 21, 64)
+def test_43_of_64_objects_are_seen_and_every_noun_and_texture_is_among_them():
+    """So an unseen class is a new combination of what was seen: 43 + 21 = 64."""
+    assert (len(SEEN), len(UNSEEN), len(OBJECTS), len(NOUNS)) == (43, 21, 64, 16)
     assert sorted(SEEN + UNSEEN) == list(range(64))
-    seen, unseen = ([OBJECTS[i].split() for i in ids] for ids in (SEEN, UNSEEN))
-    assert {c for c, _ in seen} == set(COLOURS) and {s for _, s in seen} == set(SHAPES)
-    assert {c for c, _ in unseen} == set(COLOURS)
-    assert [OBJECTS[i] for i in UNSEEN[:4]] == ["red circle", "red star", "red ring", "orange square"]
-    assert OBJECTS[0] == "red circle" and OBJECTS[63] == "white moon"
+    textures, nouns = (Counter(words) for words in zip(*(OBJECTS[i].split() for i in SEEN)))
+    assert [*nouns] == [*NOUNS] and sorted(nouns.values()) == [2] * 5 + [3] * 11
+    assert set(textures) == set(TEXTURES) and min(textures.values()) >= 10
+    assert {OBJECTS[i].split()[0] for i in UNSEEN} == set(TEXTURES)
+    assert [OBJECTS[i] for i in UNSEEN[:4]] == ["plain house", "dotted house", "striped boat", "checked boat"]
+    assert OBJECTS[0] == "plain house" and OBJECTS[63] == "checked butterfly"
     assert World.names[64:] == ("grass", "sky", "sand", "water", "brick", "gravel")
     assert World.groups == {"seen": SEEN, "unseen": UNSEEN, "stuff": (64, 65, 66, 67, 68, 69)}
 
 
 def test_training_scenes_hold_no_unseen_class_and_test_scenes_do():
     """150 training scenes show seen classes and stuff only; 150 test scenes show nearly all 70."""
-    drawn = {i for n in range(150) for i in scene(rng_for(0, TRAIN, n), classes=SEEN)[1].flatten().tolist()}
+    drawn = {i for n in range(150) for i in scene(rng_for(0, TRAIN, n), classes=SEEN).label.flatten().tolist()}
     tested = {i for sample in World("val", length=150) for i in sample["label"].unique().tolist()}
     assert not drawn & set(UNSEEN) and len(drawn & set(SEEN)) >= 40 and set(range(64, 70)) <= drawn
     assert len(tested & set(UNSEEN)) >= 18 and len(tested & set(SEEN)) >= 38
@@ -57,7 +60,7 @@ def test_training_labels_count_through_the_training_names():
     world = World("train")
     assert len(world.train_names) == 49 and not set(world.train_names) & {OBJECTS[i] for i in UNSEEN}
     for n in range(5):
-        stored, drawn = scene(rng_for(3, TRAIN, n), classes=SEEN)[1], world.draw(3, n)[1].numpy()
+        stored, drawn = scene(rng_for(3, TRAIN, n), classes=SEEN).label, world.draw(3, n)[1].numpy()
         assert [world.train_names[i] for i in drawn.flatten()] == [World.names[i] for i in stored.flatten()]
 
 
@@ -69,21 +72,69 @@ def test_test_scenes_are_never_training_scenes():
 
 
 def test_labels_agree_with_the_picture():
-    """The pixels labelled "red star" of a plain red star are red: close to the class colour, up to light and noise."""
-    checked = 0
-    for n in range(60):
-        image, label, things, _ = scene(rng_for(0, 9, n), objects=(1, 1))
-        for kind, texture in things:
-            if TEXTURES[texture] == "plain":
-                want = np.array(list(COLOURS.values())[kind // 8])
-                assert abs(image[label == kind].mean(0) - want).max() < 35      # light 0.92..1.06, colour sigma 5
-                assert abs(image[label >= 64].mean(0) - want).max() > 35        # and the ground is not
-                checked += 1
-    assert checked > 8
+    """The pixels of a plain object's part are of the part's colour, up to light and noise, and the ground is not."""
+    for n in range(40):
+        drawn = scene(rng_for(0, 9, n), objects=(1, 1), classes=range(0, 64, 4))
+        colours = {}
+        for part in np.unique(drawn.part[drawn.part >= 0]):
+            where = drawn.part == part
+            (colour,) = np.unique(drawn.colour[where])                              # a part has one
+            want = np.array([*COLOURS.values()][colour])
+            assert abs(drawn.image[where].mean(0) - want).max() < 40                # light .92..1.06, three sigma of 5
+            colours[PARTS[part]] = colour
+        assert len(set(colours.values())) == len(colours)                           # and another part another
+        ((kind, name),) = drawn.things
+        assert colours[next(iter([*NOUNS.values()][kind // 4]))] == [*COLOURS].index(name)      # named by its body's
+
+
+def test_part_and_colour_are_of_objects_only_and_an_object_has_the_parts_of_its_noun():
+    """Stuff has neither, -1; every part of every noun is visible somewhere, and none of another noun."""
+    seen = {noun: set() for noun in NOUNS}
+    for n in range(64):
+        drawn = scene(rng_for(0, 9, n), objects=(1, 1), classes=[n])
+        assert ((drawn.part == -1) == (drawn.label >= 64)).all() and ((drawn.colour == -1) == (drawn.label >= 64)).all()
+        seen[OBJECTS[n].split()[1]] |= {PARTS[part] for part in np.unique(drawn.part[drawn.part >= 0])}
+    assert {noun: set(parts) for noun, parts in NOUNS.items()} == seen
+
+
+def test_only_the_body_wears_the_texture():
+    """Of the body of a striped, dotted or checked object some pixels are at half the brightness of others, of other
+    parts none: their spread is that of light and noise."""
+    for n, kind in enumerate(i for i in range(64) if i % 4):
+        drawn = scene(rng_for(1, 9, n), objects=(1, 1), classes=[kind])
+        body = next(iter([*NOUNS.values()][kind // 4]))
+        for part in np.unique(drawn.part[drawn.part >= 0]):
+            pixels = drawn.image[drawn.part == part].astype(float).sum(1)
+            share = (pixels < 0.75 * np.quantile(pixels, 0.9)).mean()
+            assert 0.08 < share < 0.7 if PARTS[part] == body else share < 0.01, (OBJECTS[kind], PARTS[part])
+
+
+def test_textures_by_hand():
+    """Stripes run along u + v = constant, six pixels apart; checks change every four; dots sit every five."""
+    u, v = np.meshgrid(np.arange(24.0), np.arange(24.0))
+    assert not is_dark("plain", u, v).any()
+    stripes, dots, checks = (is_dark(texture, u + 0.1, v + 0.1) for texture in TEXTURES[1:])
+    assert np.array_equal(stripes[1:, :-1], stripes[:-1, 1:])                              # the same along u + v
+    assert np.array_equal(stripes[:, 6:], stripes[:, :-6]) and not np.array_equal(stripes[:, 3:], stripes[:, :-3])
+    assert not checks[:4, :4].any() and checks[:4, 4:8].all() and checks[4:8, :4].all() and not checks[4:8, 4:8].any()
+    assert np.array_equal(dots[:, 5:], dots[:, :-5]) and 0.1 < dots.mean() < 0.4
+    with pytest.raises(ValueError, match="tartan.*plain"):
+        is_dark("tartan", u, v)
+
+
+def test_objects_are_as_large_as_promised_and_do_not_hide_one_another():
+    """Of 12 to 18 pixels radius, so every one shows 100 pixels or more; one, two and three a scene occur."""
+    counts = Counter()
+    for n in range(200):
+        drawn = scene(rng_for(2, 9, n))
+        counts[len(drawn.things)] += 1
+        for kind, _ in drawn.things:
+            assert (drawn.label == kind).sum() >= 100
+    assert RADIUS == (12, 18) and set(counts) == {1, 2, 3} and min(counts.values()) >= 20
 
 
 def test_every_pixel_of_the_world_is_labelled():
-    """The world has no ignored pixels, and 64x64 scenes of two stuffs and four objects fit its 70 names."""
+    """The world has no ignored pixels, and 64x64 scenes of two stuffs and three objects fit its 70 names."""
     for sample in World("val", length=30):
         assert sample["label"].shape == (64, 64) and sample["label"].dtype == torch.int64
         assert 0 <= sample["label"].min() and sample["label"].max() < len(World.names) == 70
@@ -95,10 +146,11 @@ def test_the_key_tells_split_and_seed_apart():
     assert [world.key for world in worlds] == ["train 0", "train 1", "val 0", "val 1"]
 
 
-def test_an_unknown_shape_is_named():
-    """A typing error in a shape says which shapes there are."""
-    with pytest.raises(ValueError, match="hexagon.*circle"):
-        inside("hexagon", np.zeros((1, 1)), np.zeros((1, 1)))
+def test_test_scenes_tell_part_and_colour_and_training_samples_do_not():
+    """Studies may ask; what is trained gets an image and a label."""
+    sample = World("val")[3]
+    assert sample["part"].shape == sample["colour"].shape == (64, 64) and sample["part"].max() >= 0
+    assert len(World("train").draw(0, 3)) == 2
 
 
 # ---- one endless stream, however many read it ----
