@@ -277,7 +277,7 @@ class PAT(TokenPyramid, SAN):
         out = self.decoder(zq, q)                             # masks, where CLIP has to look, pixels
         if self.pixel_decoder is not None:
             out["image"] = self.pixel_decoder(zq)["image"]
-        classes = [self.classify(pyramid, bias, text) for bias in out["bias"]]            # CLIP says what it sees there
+        classes = self.classify(pyramid, out["bias"], text)   # CLIP says what it sees there
         masks = [m.to(image.dtype) for m in out["masks"]]     # autocast ends here: losses and scores are fp32
         return dict(masks=masks, classes=classes, image=out["image"].to(image.dtype), tokens=tokenized)
 

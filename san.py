@@ -247,12 +247,12 @@ class SAN(Segmenter):
         grid = (image.shape[-2] // patch, image.shape[-1] // patch)
         return pyramid, [fuse(m, grid) for fuse, m in zip(self.fusion, pyramid.maps)]
 
-    def classify(self, pyramid, bias, text):
-        """Class logits (B,Q,L+1) of what CLIP sees through `bias`; the last column is the learned background."""
+    def classify(self, pyramid, biases, text):
+        """Class logits (B,Q,L+1) of what CLIP sees through each of `biases`; the last column is the learned background."""
         names = torch.cat([text, F.normalize(self.background, dim=-1)])                   # (L+1,E)
-        regions = self.vlm.recognise(pyramid, bias).to(names.dtype)                          # (B,Q,E)
+        regions = self.vlm.recognise(pyramid, torch.cat(biases, 2)).to(names.dtype)       # one pass of CLIP for all
         with torch.autocast(regions.device.type, enabled=False):                             # bf16 logits step by 1/8
-            return self.vlm.logit_scale * regions @ names.T
+            return [self.vlm.logit_scale * part @ names.T for part in regions.chunk(len(biases), 1)]      # (B,Q,E) each
 
     def forward(self, image, text):
         """image (B,3,H,W) CLIP-normalised, H and W multiples of the patch; text (L,E) unit -> dict of lists of
@@ -265,12 +265,10 @@ class SAN(Segmenter):
             if i + 1 < len(f):
                 z = z + tokens(f[i + 1])
             outputs.append((q, z))
-        masks, classes = [], []
-        for q, z in outputs[-2 if self.training else -1:]:
-            m, bias = self.head(q, z.unflatten(1, f[0].shape[-2:]))
-            masks.append(m.to(image.dtype))                    # autocast ends here: losses and scores are fp32
-            classes.append(self.classify(pyramid, bias, text))
-        return dict(masks=masks, classes=classes)
+        heads = [self.head(q, z.unflatten(1, f[0].shape[-2:])) for q, z in outputs[-2 if self.training else -1:]]
+        masks, biases = zip(*heads)
+        masks = [m.to(image.dtype) for m in masks]            # autocast ends here: losses and scores are fp32
+        return dict(masks=masks, classes=self.classify(pyramid, biases, text))
 
     def answer(self, out, b=0):
         return Answer(out["masks"][-1][b], mix=out["classes"][-1][b].float().softmax(-1), none=True)

@@ -335,8 +335,20 @@ def test_masks_are_named_as_sans_are_and_both_tasks_read_the_same_codes(monkeypa
     assert list(zq) == list(STAGES) and all(torch.equal(zq[s], found[s].zq) for s in STAGES) and torch.equal(q_given, q)
     decoded = right(zq, q)
     assert torch.equal(out["image"], decoded["image"]) and len(out["masks"]) == len(out["classes"]) == 2
-    for masks, bias, m, c in zip(decoded["masks"], decoded["bias"], out["masks"], out["classes"]):
-        assert torch.equal(masks, m) and torch.equal(model.classify(pyramid, bias, TEXT), c)
+    named = model.classify(pyramid, decoded["bias"], TEXT)
+    for masks, classes, m, c in zip(decoded["masks"], named, out["masks"], out["classes"]):
+        assert torch.equal(masks, m) and torch.equal(classes, c)
+
+
+@torch.no_grad()
+def test_regions_are_named_alike_alone_and_all_at_once():
+    """One pass of CLIP for both outputs: a copy sees the image through its own bias, and no other copy."""
+    model = world()
+    pyramid, f = model.fuse(images())
+    first, last = (3 * torch.randn(2, model.vlm.heads, 20, 8, 8) for _ in range(2))
+    both = model.classify(pyramid, [first, last], TEXT)
+    for bias, found in zip((first, last), both):
+        torch.testing.assert_close(found, model.classify(pyramid, [bias], TEXT)[0], rtol=0, atol=1e-4)   # logits up to 50
 
 
 def test_half_precision_ends_at_the_models_door():
