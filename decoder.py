@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         if self.head:
             q, out = self.query(q), dict(masks=[], bias=[])
         for stage in self.order:
-            y = on_map(self.up[stage], y)                                                 # (B,h,w,c) of this stage
+            y = on_map(self.up[stage], y).contiguous()                                    # (B,h,w,c) of this stage
             if stage in self.spade:
                 c = zq.get(stage, y.new_zeros(1, self.code_dim, *y.shape[1:3])).permute(0, 2, 3, 1)       # (B,h,w,D)
                 y = self.spade[stage](y, y.shape[1] // g[0], self.lift[stage](c))
