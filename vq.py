@@ -125,7 +125,7 @@ class vMFVQ(nn.Module):
 
     def choose(self, x, codes):
         """The index of each feature by the module's metric, x (n,D), codes (K,D) -> (n) int64"""
-        return (kernel(assign, self.kernels, x)(x, codes)[0] if self.metric == "cosine" else RULES[self.metric](x, codes))
+        return kernel(assign, self.kernels, x)(x, codes)[0] if self.metric == "cosine" else RULES[self.metric](x, codes)
 
     def quantise(self, x, codes):
         """x (n,D), codes (K,D) -> zq, index, loss, by the rule this module is set to."""

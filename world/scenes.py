@@ -20,8 +20,8 @@ was trained on it:
 Part and colour of every pixel come along, for studies to ask each stage what it knows; training never sees them.
 
 Open vocabulary in miniature: 43 of the 64 object names (`SEEN`) occur in training scenes; the other 21 (`UNSEEN`) occur
-only in test scenes.  Every noun is seen in two textures at least and every texture on eleven nouns or more, so "unseen"
-here means an unseen *combination*.
+only in test scenes.  Every noun is seen in two textures at least and every texture on ten nouns or more, so "unseen" here
+means an unseen *combination*.
 
 # ours: the whole world is our invention; the paper trains on COCO-Stuff.
 
@@ -95,9 +95,9 @@ NOUNS = {
     "arrow": dict(shaft=lambda u, v: (abs(v) < 0.3) & (u > -1.0) & (u < 0.2),
                   head=lambda u, v: (u > 0.12) & (abs(v) < 0.8 * (1.0 - u))),
     "butterfly": dict(wing=lambda u, v: disc(abs(u), v, 0.5, -0.35, 0.48) | disc(abs(u), v, 0.42, 0.42, 0.38),
-                      body=lambda u, v: (abs(u) < 0.12) & (abs(v) < 0.75),
+                      trunk=lambda u, v: (abs(u) < 0.12) & (abs(v) < 0.75),
                       feeler=lambda u, v: (v < -0.7) & (v > -1.1) & (abs(abs(u) + 0.8 * (v + 0.7)) < 0.09))}
-PARTS = tuple(dict.fromkeys(part for parts in NOUNS.values() for part in parts))                    # 32 words
+PARTS = tuple(dict.fromkeys(part for parts in NOUNS.values() for part in parts))                    # 33 words
 OBJECTS = tuple(f"{texture} {noun}" for noun in NOUNS for texture in TEXTURES)
 WORLD_NAMES = OBJECTS + STUFFS
 UNSEEN = tuple(4 * n + t for n in range(16) for t in range(4) if (n + t) % 4 == 0 or ((n + t) % 4 == 2 and n < 5))
