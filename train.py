@@ -145,7 +145,8 @@ def parameter_groups(model, recipe):
         if p.requires_grad:
             rate = next((factor for prefix, factor in model.rates.items() if name.startswith(prefix)), 1.0)
             plain = p in norms or name.split(".")[-1] in NO_DECAY
-            groups.setdefault((rate, plain, recipe.muon and not plain and p.ndim == 2), []).append(p)
+            matrix = recipe.muon and not plain and p.ndim == 2 and min(p.shape) > 1       # a single row is none
+            groups.setdefault((rate, plain, matrix), []).append(p)
     return [dict(params=groups[rate, plain, muon], rate=rate, weight_decay=0.0 if plain else recipe.weight_decay, muon=muon)
             for rate, plain, muon in sorted(groups)]
 

@@ -157,11 +157,11 @@ MUTATIONS = [
     *(Mutation(SAN, what, old, new, "tests/test_train.py") for what, old, new in [
         ("half the steps in the world", "steps=1300, batch=8", "steps=650, batch=8"),
         ("half the batch in the world", "steps=1300, batch=8", "steps=1300, batch=4"),
-        ("the paper's rate in the world", "lr=8e-4, warmup=100", "lr=1e-4, warmup=100"),
-        ("no warm-up in the world", "lr=8e-4, warmup=100", "lr=8e-4, warmup=0"),
+        ("the paper's rate in the world", "lr=2e-3, muon=True", "lr=1e-4, muon=True"),
+        ("no warm-up in the world", "muon=True, warmup=100", "muon=True, warmup=0"),
         ("the paper's clipping in the world", "grad_clip=1.0, weight_decay=0.01", "grad_clip=0.01, weight_decay=0.01"),
         ("the paper's decay in the world", "grad_clip=1.0, weight_decay=0.01", "grad_clip=1.0, weight_decay=1e-4"),
-        ("rare checkpoints in the world", "save_every=200, log_every=20", "save_every=2000, log_every=20"),
-        ("few lines in the world", "save_every=200, log_every=20", "save_every=200, log_every=50"),
-        ("workers for scenes of a millisecond", "        val_images=1000, workers=0)}", "        val_images=1000, workers=4)}")]),
+        ("rare checkpoints in the world", "save_every=200,\n", "save_every=2000,\n"),
+        ("few lines in the world", "        log_every=20, val_images", "        log_every=50, val_images"),
+        ("workers for scenes of a millisecond", "val_images=1000, workers=0)}", "val_images=1000, workers=4)}")]),
 ]
