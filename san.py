@@ -213,7 +213,7 @@ class SAN(Segmenter):
     PRESETS = {name: {**vlm, **(dict(SMALL_SIDE, head_width=96, points=WORLD_POINTS) if name == "world" else {})}
                for name, vlm in VLMS.items()}
     RECIPES = {"world": dict(           # 10,400 scenes: what two cores can do in ten minutes
-        steps=1300, batch=8, lr=2e-3, muon=True, warmup=100, grad_clip=1.0, weight_decay=0.01, save_every=200,
+        steps=1300, batch=8, lr=4e-3, muon=True, warmup=100, grad_clip=1.0, weight_decay=0.01, save_every=200,
         log_every=20, val_images=1000, workers=0)}            # a scene is drawn in a millisecond
     watch = ("ce_2", "mask_2", "dice_2")
     curves = {"segmentation losses": {"class (ce)": "ce_2", "mask": "mask_2", "dice": "dice_2"}}

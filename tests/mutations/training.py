@@ -157,7 +157,7 @@ MUTATIONS = [
     *(Mutation(SAN, what, old, new, "tests/test_train.py") for what, old, new in [
         ("half the steps in the world", "steps=1300, batch=8", "steps=650, batch=8"),
         ("half the batch in the world", "steps=1300, batch=8", "steps=1300, batch=4"),
-        ("the paper's rate in the world", "lr=2e-3, muon=True", "lr=1e-4, muon=True"),
+        ("the paper's rate in the world", "lr=4e-3, muon=True", "lr=1e-4, muon=True"),
         ("no warm-up in the world", "muon=True, warmup=100", "muon=True, warmup=0"),
         ("the paper's clipping in the world", "grad_clip=1.0, weight_decay=0.01", "grad_clip=0.01, weight_decay=0.01"),
         ("the paper's decay in the world", "grad_clip=1.0, weight_decay=0.01", "grad_clip=1.0, weight_decay=1e-4"),
