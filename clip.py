@@ -278,10 +278,10 @@ def load_vlm(name, pretrained, *, scale, depths=None):
 
 if __name__ == "__main__":
     from data import rng_for, to_tensor
-    from world.scenes import WORLD_NAMES, scene
+    from world.scenes import OBJECTS, scene
     vlm = load_vlm("world", "world", scale=1.0, depths=(0, 2, 3, 4))
     drawn = scene(rng_for(0, 0), objects=(1, 1), stuffs=(1, 1))
     pyramid, anywhere = vlm.features(to_tensor(drawn.image)[None]), torch.zeros(1, vlm.heads, 1, 8, 8)
-    cosines = vlm.embed_text(WORLD_NAMES) @ vlm.recognise(pyramid, anywhere)[0, 0]        # (L)
-    shown, said = WORLD_NAMES[drawn.things[0][0]], WORLD_NAMES[cosines.argmax()]
-    print(f"drawn: {shown} on {drawn.grounds[0]}; of {len(WORLD_NAMES)} names: {said}")
+    cosines = vlm.embed_text(OBJECTS) @ vlm.recognise(pyramid, anywhere)[0, 0]        # (L)
+    shown, said = OBJECTS[drawn.things[0][0]], OBJECTS[cosines.argmax()]
+    print(f"drawn: {shown} on {drawn.grounds[0]}; of {len(OBJECTS)} names: {said}")

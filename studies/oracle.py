@@ -3,13 +3,13 @@
     python -m studies.oracle RUN [RUN ...]         one table over the first run's test images
 
     as scored       the model's masks, the model's names
-    oracle names    the model's masks; each takes the name of most labelled pixels where it is above a half, and a mask
-                    above none of them is dropped
+    oracle names    the model's masks; each takes the name of most labelled pixels where it is above a half, with the weight
+                    the model gave to any name at all; a mask above none of them is dropped
 
 What oracle names gain is lost by wrong names, what they leave to 1 by wrong masks.  A model that scores every name at
 every pixel (dense, MaskCLIP) has no masks to ask.
 
-    maps (C,h,w), mix (C,L) of segmenter.Answer  ->  the same maps, mix (C,L) of zeros and ones
+    maps (C,h,w), mix (C,L) of segmenter.Answer  ->  the same maps, mix (C,L) of zeros but for one name a map
 
 # paper: none of PAT's; FISA (arXiv 2409.16278) asks so in its Fig. 2a, and finds that names cost the most.
 # ours: the rule for a mask's true name.
@@ -37,7 +37,7 @@ COLUMNS = ("mIoU", "mIoU_seen", "mIoU_unseen", "mIoU_stuff", "foreground_accurac
 
 
 def with_true_names(answer, label, padded, crop):
-    """An Answer with the same maps whose mix says of each what it mostly covers; label (H,W), 0..L-1 or IGNORE.
+    """An Answer with the same maps whose mix says of each what it mostly covers, and nothing else; label (H,W), 0..L-1 or IGNORE.
 
     Sizes as in predict.two_step_bands.  Raises InputError for an answer without masks.
     """
@@ -51,7 +51,8 @@ def with_true_names(answer, label, padded, crop):
         inside = (answer.gate(band).flatten(1)[:, known] > 0.5).float()                   # (C,n)
         covered += inside @ F.one_hot(true[known], L).float()
     most, name = covered.max(1)                                                           # (C)
-    return answer._replace(mix=F.one_hot(name, L).float() * (most > 0)[:, None], none=False)
+    weight = (most > 0) * (1 - answer.mix[:, -1] if answer.none else 1.0)                 # a query that says "none" stays out
+    return answer._replace(mix=F.one_hot(name, L).float() * weight[:, None], none=False)
 
 
 @torch.no_grad()

@@ -344,4 +344,4 @@ def test_the_worlds_clip_asks_nothing_of_published():
 
 def test_the_demo_names_what_it_drew():
     run = subprocess.run([sys.executable, str(ROOT / "clip.py")], capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("drawn: green heart on brick") and run.stdout.endswith(": green heart\n")
+    assert run.stdout.startswith("drawn: dotted snowman on brick") and run.stdout.endswith(": dotted snowman\n")

@@ -227,9 +227,10 @@ def test_the_modules_run_the_path_they_are_set_to(choice, way, monkeypatch):
 
 
 def test_off_the_sphere_there_is_one_path():
-    """Table II's "no vMF" has no twin: the plain dot product, whatever the switch says."""
+    """Table II's "no vMF" has no twin: the plain distance or dot product, whatever the switch says."""
     for choice in kernels.CHOICES:
-        assert vMFVQ(6, 9, 8, vmf=False, kernels=choice)(torch.randn(1, 6, 3, 3)).zq.shape == (1, 8, 3, 3)
+        for metric in ("dot", "euclidean"):
+            assert vMFVQ(6, 9, 8, metric=metric, kernels=choice)(torch.randn(1, 6, 3, 3)).zq.shape == (1, 8, 3, 3)
 
 
 class Both(torch.nn.Module):

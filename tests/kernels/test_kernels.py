@@ -383,7 +383,7 @@ def test_training_says_which_path_each_operation_takes_or_that_it_cannot(monkeyp
     assert paths("cpu", kernels="auto") == "assignment by cpu, mean shift by cpu"
     assert paths("cuda", kernels="auto") == "assignment by triton, mean shift by triton"
     assert paths("cuda", kappa=100.0) == "assignment by triton, mean shift by plain"
-    assert paths("cpu", model="san") == "" and paths("cuda", vmf=False, restart_after=0) == "no operation with a kernel"
+    assert paths("cpu", model="san") == "" and paths("cuda", metric="dot", restart_after=0) == "no operation with a kernel"
     with pytest.raises(InputError, match="kappa 100: the Triton kernel is safe for"):
         paths("cuda", kernels="triton", kappa=100.0)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -63,7 +63,7 @@ def test_a_test_set_is_the_given_folder_else_the_worlds_scenes(root):
     assert val_set(preset("world"), root, names=["x", "y", "z"]).names == ("x", "y", "z")
     with pytest.raises(InputError, match="classes.txt"):
         val_set(preset("world"), root)
-    assert len(val_set(preset("world"))) == 500 and len(val_set(preset("world"), images=7)) == 7
+    assert len(val_set(preset("world"))) == 1000 and len(val_set(preset("world"), images=7)) == 7
     for run in (preset("world", data=str(root)), preset("coco")):
         with pytest.raises(InputError, match="give --data DIR"):
             val_set(run)
