@@ -279,7 +279,7 @@ def load_vlm(name, pretrained, *, scale, depths=None):
 if __name__ == "__main__":
     from data import rng_for, to_tensor
     from world.scenes import OBJECTS, scene
-    vlm = load_vlm("world", "world", scale=1.0, depths=(0, 2, 3, 4))
+    vlm = load_vlm("world", "world", scale=1.0, depths=(0, 1, 2, 3))
     drawn = scene(rng_for(0, 0), objects=(1, 1), stuffs=(1, 1))
     pyramid, anywhere = vlm.features(to_tensor(drawn.image)[None]), torch.zeros(1, vlm.heads, 1, 8, 8)
     cosines = vlm.embed_text(OBJECTS) @ vlm.recognise(pyramid, anywhere)[0, 0]        # (L)

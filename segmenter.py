@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import nn
 
 VLMS = {                                   # preset -> the frozen CLIP every model of that preset stands on
-    "world": dict(vlm="world", pretrained="world", clip_scale=1.0, depths=(0, 2, 3, 4), short_side=64, long_side=256),
+    "world": dict(vlm="world", pretrained="world", clip_scale=1.0, depths=(0, 1, 2, 3), short_side=64, long_side=256),
     "coco": {},                            # the paper's: OpenAI's ViT-B/16 sees 320 of 640 pixels, as a 20x20 grid
     "coco-eva": dict(vlm="EVA02-B-16", pretrained="merged2b_s8b_b131k"),
     "coco-large": dict(vlm="ViT-L-14-336", clip_scale=0.7),                              # SAN-L's: 448 of 640, 32x32

@@ -135,7 +135,7 @@ def main(argv=None):
     args = parse_flags(parser, argv)
     if args.train:
         pretrain(Path(args.out), args.seed)
-    vlm = load_vlm("world", args.out, scale=1.0, depths=(0, 2, 3, 4))
+    vlm = load_vlm("world", args.out, scale=1.0, depths=(0, 1, 2, 3))
     for title, cut_out in (("2,048 objects on one stuff", False), ("objects of 1,000 scenes, cut out", True)):
         both, texture, noun = zero_shot(vlm, 1000 if cut_out else 2048, cut_out=cut_out)
         print(f"zero-shot over 64 names, {title}: {both:.3f} (texture {texture:.3f}, noun {noun:.3f})")
