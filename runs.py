@@ -33,7 +33,7 @@ from cli import InputError
 from pat import PAT
 from san import SAN
 
-MODELS = {"pat": PAT, "san": SAN, "dense": "siblings.dense.Dense"}     # the one registry; a sibling is imported when asked
+MODELS = {"pat": PAT, "san": SAN, "dense": "siblings.dense.Dense", "fgaseg": "siblings.fgaseg.FGASeg"}
 
 
 @dataclass
@@ -105,7 +105,7 @@ def parse_value(name, default, text):
 
 # --- models ---------------------------------------------------------------------------------------------------------
 def model_class(name):
-    """The class of a model of MODELS.  Raises InputError for another name."""
+    """The class of a model of MODELS, the one registry; a sibling is imported when asked.  InputError for another name."""
     if name not in MODELS:
         raise InputError(f"--model {name}: there are {', '.join(MODELS)}")
     entry = MODELS[name]
