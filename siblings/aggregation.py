@@ -7,14 +7,16 @@ an image of a batch.  One layer of aggregation looks first along the map, then a
     x_p, every place p by itself   linear attention; q, k = W [LN(X); name], v = W LN(X), X = pool(x)  over names
                                    x + up(X)
 
-Softmax over 49 names at each of 64 places would be affordable, over 171 at 576 it is not: out_i = Σ_j phi(q_i)·phi(k_j) v_j /
-Σ_j phi(q_i)·phi(k_j) with phi = elu + 1 is a sum over j once for all i.  Up(y, r) then makes maps twice as fine.
+Softmax over the names would compare every pair of them at every place.  With phi(q)·phi(k) for exp(q·k), phi = elu + 1,
+the sums over j in  out_i = Σ_j phi(q_i)·phi(k_j) v_j / Σ_j phi(q_i)·phi(k_j)  are made once, for all i.
+
+Up(y, r) then makes maps twice as fine, guided by r, what CLIP saw there.
 
     x (8,49,32,8,8), appearance (8,8,8,32), names (8,49,32) -> x (8,49,32,8,8)
 
-# paper: CAT-Seg (arXiv 2303.11797), as FGAseg's code has it: places before names, no relative positions, no linear behind the
-#        attention over names; X holds the pooled x already, so that x comes in twice.
-# ours: the start of the padding token.
+# paper: CAT-Seg (arXiv 2303.11797), as FGAseg's code has it: places before names, no relative positions, no linear behind
+#        the attention over names; X holds the pooled x already, so that x comes in twice.  Pooled in training only.
+# ours: the start of the padding token; the last places of an odd side are pooled too.
 
 Tests: tests/siblings/test_aggregation.py.  Read next: fgaseg.py.
 
@@ -51,7 +53,8 @@ def shared(x, L):
 
 def conv(c, width):
     """3x3, norm, ReLU, as a list; a group of 16 channels each where they divide."""
-    return [nn.Conv2d(c, width, 3, padding=1, bias=False), nn.GroupNorm(math.gcd(width, max(1, width // 16)), width), nn.ReLU()]
+    groups = math.gcd(width, max(1, width // 16))
+    return [nn.Conv2d(c, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width), nn.ReLU()]
 
 
 # --- modules --------------------------------------------------------------------------------------------------------

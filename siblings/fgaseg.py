@@ -1,9 +1,9 @@
 """FGAseg: how much every place of an image is like a name is a picture by itself, which a small network can clean up.
 
-CLIP was taught which sentence goes with which image; segmentation asks which word goes with which place.  So compare every
-place with every name, and take the result, one map a name, for the input: a network that is the same for all names turns
-each map into a mask (cost aggregation, CAT-Seg).  FGAseg lets the names look at the image first (P2Tformer), adds a second,
-convolutional likeness (LCS), and asks of the names alone that they find their pixels (T2P).
+CLIP was taught which sentence goes with which image; segmentation asks which word goes with which place.  So compare
+every place with every name, and take the result, one map a name, for the input: a network that is the same for all names
+turns each map into a mask (cost aggregation, CAT-Seg).  FGAseg lets the names look at the image first (P2Tformer), adds a
+second, convolutional likeness (LCS), and asks of the names alone that they find their pixels (T2P).
 
     image ── CLIP, q and v tuned ──> F (B,E,h,w) ───┬──────────────┬────────────────────┐
     text (L,E) ── P2Tformer(F) ──> T' (B,L,E) ──> S^g, S^l ──> [each name by itself, then names at each place] x 2
@@ -14,20 +14,20 @@ convolutional likeness (LCS), and asks of the names alone that they find their p
     S^l = b_t + Σ_c Σ_tap ŵ_tc,tap g(F)_c,p+tap     [ŵ_t, b_t] = W g(T'_t) + b, softmax over the taps of a channel   LCS
     L   = BCE(o, Y) + .2 Σ_i BCE(o_i, Y) + .02 BCE(A, Y)      o_i: three auxiliary heads;  A = a_t * up(F) + c_t     T2P
 
-A name's own kernel sums to 1 in each channel, so on a flat map every name has S^l = b_t + Σ_c x_c: what S^l says of names
-is b_t, and where the map changes (docs/siblings.md).  `--set lcs=linear` leaves the softmax out.
+A name's own kernel sums to 1 in each channel, so on a flat map every name has S^l = b_t + Σ_c x_c: what S^l says of
+names is b_t, and where the map changes (docs/siblings.md).  `--set lcs=linear` leaves the softmax out.
 
 ViT-B/16 at 384: F (B,512,24,24) -> logits (B,171,96,96).  World: F (B,64,8,8) -> logits (B,49,32,32).
 
 # paper: arXiv 2501.00877 and its authors' code (MIT), from which the equations, the sizes and the recipe are.
-# differs: CLIP's text tower is frozen: names are embedded once, and unseen ones must not drift.  GroupNorm for BatchNorm in
-#        T2P: a batch split over processes must give the same gradient.  Poly 0.9 for its cosine.  One pass over the image
-#        for its four windows and whole.
+# differs: CLIP's text tower is frozen: names are embedded once, and unseen ones must not drift.  GroupNorm for BatchNorm
+#        in T2P: a batch split over processes must give the same gradient.  Poly 0.9 for its cosine.  One pass over the
+#        image for its four windows and whole.  A name that is given up is at -100, where its code has 0 under a sigmoid.
 # ours: the world's sizes; one weight for all three auxiliary losses (its code, by precedence, has it for one).
 
 Tests: tests/siblings/test_fgaseg.py, and tests/test_segmenter.py as for every model.  Pictures: studies/costs.py.
 
-B, H, W, C, E, L, h, w, P as everywhere; K the width of a name's map, G of what guides it, k*k taps of a kernel, d of a head.
+B, H, W, C, E, L, h, w, P as everywhere; K the width of a name's map, G of what guides it, k*k taps of a kernel.
 """
 
 import math
@@ -68,7 +68,7 @@ class FGASegConfig:
     agg_heads: int = 4
     window: int = 12                   # places a side; every second block is shifted by half
     pool: int = 2                      # blocks over names see a map so many times coarser, in training
-    pad: int = 256                     # blocks over names see at least so many, the rest one learned token; 0: as many as are
+    pad: int = 256                     # blocks over names see at least so many, the rest one learned token; 0: none
     most_names: int = 256              # the others, by their best S^g, get no map
     guidance: tuple = (256, 128)       # width of CLIP's two maps, on grids twice and four times as fine
     guidance_proj: tuple = (32, 16)    # of which the decoder sees so many numbers
@@ -177,7 +177,8 @@ class T2P(nn.Module):
     def __init__(self, width):
         super().__init__()
         up = nn.Upsample(scale_factor=2, mode="bilinear")
-        self.refine = nn.Sequential(up, *conv(width, width), up, *conv(width, width // 2), nn.Conv2d(width // 2, width // 2, 1))
+        self.refine = nn.Sequential(up, *conv(width, width), up, *conv(width, width // 2),
+                                    nn.Conv2d(width // 2, width // 2, 1))
         self.kernel = nn.Linear(width, width // 2 * 9 + 1)
 
     def forward(self, names, f):
@@ -199,11 +200,12 @@ class Fuse(nn.Module):
 
 # --- the model ------------------------------------------------------------------------------------------------------
 class FGASeg(Segmenter):
-    """`model(image, text)` -> dict(logits (B,L,4h,4w), gcs and lcs (B,L,h,w)); in training aux, three maps, and t2p too."""
+    """`model(image, text)` -> dict(logits (B,L,4h,4w), gcs and lcs (B,L,h,w)); in training also aux, three maps, and t2p."""
 
     Config = FGASegConfig
-    PRESETS = {"world": dict(VLMS["world"], depths=(0, 2, 4, 5), clip_lr=0.1, p2t_heads=4, hidden=32, guide=32, agg_heads=2,
-                             window=4, pad=0, guidance=(32, 16), guidance_proj=(8, 4), decoder_widths=(16, 8), prior=49),
+    PRESETS = {"world": dict(VLMS["world"], depths=(0, 2, 4, 5), clip_lr=0.1, p2t_heads=4, hidden=32, guide=32,
+                             agg_heads=2, window=4, pad=0, guidance=(32, 16), guidance_proj=(8, 4), decoder_widths=(16, 8),
+                             prior=49),
                "coco": {},
                "coco-large": dict(vlm="ViT-L-14-336", clip_scale=0.875, depths=(0, 8, 16, 23))}          # 336 of 384
     RECIPES = {"world": dict(steps=600, batch=8, lr=1e-3, warmup=50, grad_clip=1.0, weight_decay=0.01, save_every=100,
@@ -218,7 +220,7 @@ class FGASeg(Segmenter):
     @classmethod
     def check(cls, c):
         if c.clip.vlm.upper().startswith("EVA"):
-            raise InputError(f"vlm {c.clip.vlm}: FGAseg reads the last block of OpenAI's family; take ViT-B-16 or ViT-L-14-336")
+            raise InputError(f"vlm {c.clip.vlm}: FGAseg reads the last block of OpenAI's family; take ViT-B-16")
         check_positive(c, "p2t_layers", "p2t_heads", "lcs_kernel", "hidden", "guide", "agg_layers", "window", "pool",
                        "most_names")
         check_heads(c.agg_heads, c.hidden, "agg_heads")
@@ -227,9 +229,11 @@ class FGASeg(Segmenter):
                 raise InputError(f"{name} {getattr(c, name)}: there are {', '.join(values)}")
         for name in ("guidance", "guidance_proj", "decoder_widths"):
             if len(getattr(c, name)) != 2 or min(getattr(c, name)) < 1:
-                raise InputError(f"{name} {','.join(map(str, getattr(c, name)))}: takes two positive numbers, such as 32,16")
+                given = ",".join(map(str, getattr(c, name)))
+                raise InputError(f"{name} {given}: takes two positive numbers, such as 32,16")
         if c.hidden % 2 or not c.lcs_kernel % 2:
-            raise InputError(f"hidden {c.hidden}, lcs_kernel {c.lcs_kernel}: the first takes an even number, the second an odd one")
+            raise InputError(f"hidden {c.hidden}: takes an even number" if c.hidden % 2 else
+                             f"lcs_kernel {c.lcs_kernel}: takes an odd number")
         widths = {"hidden": c.hidden, "the first of decoder_widths": c.decoder_widths[0]}
         for (name, width), guide in zip(widths.items(), c.guidance_proj):
             if width <= guide:
@@ -260,7 +264,8 @@ class FGASeg(Segmenter):
         self.t2p = T2P(E) if c.t2p else None
         self.embed = nn.Conv2d(1, K, 7, padding=3)
         self.appearance, self.words = nn.Conv2d(E, G, 3, padding=1), nn.Linear(E, G)
-        self.aggregation = nn.ModuleList(Aggregation(K, c.agg_heads, G, c.window, c.pool, c.pad) for _ in range(c.agg_layers))
+        self.aggregation = nn.ModuleList(Aggregation(K, c.agg_heads, G, c.window, c.pool, c.pad)
+                                         for _ in range(c.agg_layers))
         self.guidance = nn.ModuleList(nn.ConvTranspose2d(C, r, n, n) for r, n in zip(c.guidance, (2, 4)))
         self.project = nn.ModuleList(nn.Conv2d(r, e, 3, padding=1) for r, e in zip(c.guidance, c.guidance_proj))
         self.ups = nn.ModuleList([Up(K, fine, c.guidance_proj[0]), Up(fine, finest, c.guidance_proj[1])])
@@ -281,8 +286,8 @@ class FGASeg(Segmenter):
         return [F.relu(project(up(m))) for project, up, m in zip(self.project, self.guidance, maps)]
 
     def narrow(self, i, aux, x, *beside):
-        """Head i reads x (B,L,·,h,w): in training its map goes to `aux`; with topk the names that win nowhere are left out
-        of x and of what stands beside it (each (B,L,...) or None), for one image."""
+        """Head i reads x (B,L,·,h,w): in training its map goes to `aux`; with topk the names that win nowhere are left
+        out of x and of what stands beside it, each (B,L,...) or None, for one image."""
         topk = 0 if self.training else self.config.topk
         if self.aux is None or not (self.training or topk):
             return x, *beside

@@ -28,7 +28,7 @@ from cli import InputError
 
 
 class Tuned(nn.Module):
-    """`tuned(vlm, image)` -> F, [maps]: OpenAI's family of CLIPs (clip.OpenAIViT), seen through queries and values of ours."""
+    """`tuned(vlm, image)` -> F, [maps]: a CLIP of OpenAI's family (clip.OpenAIViT) seen through q and v of our own."""
 
     def __init__(self, vlm):
         super().__init__()

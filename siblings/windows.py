@@ -10,7 +10,7 @@ holds both ends of the map, which are no neighbours, and padding, which is nothi
     8 rows, size 4, shift 2      2 3 4 5 | 6 7 0 1         6 and 7 see one another, so do 0 and 1
     6 rows, size 4, shift 2      2 3 4 5 | . . 0 1         padding sees padding: no row of a softmax is empty
 
-Rows and columns count alike: two places see one another if they are of the same region, and padding is a region of its own.
+Rows and columns alike: two places see one another if they are of the same region, and padding is a region of its own.
 A side that one window covers is not shifted: all its places are in one window already.
 
     x (392,8,8,32), size 4, shift 2 -> windows (1568,16,32), mask (1568,1,16,16)
