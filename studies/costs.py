@@ -63,7 +63,7 @@ def likenesses(model, image, text):
     return {kind: unpad(out[kind][0], crop, whole).float() for kind in KINDS if kind in out}
 
 
-def costs(model, samples, cell=150):
+def costs(model, samples, cell=120):
     """The picture `costs` of the first three samples: dicts of image, original, label.  -> PIL image"""
     text, rows, captions = model.vlm.embed_text(samples.names), [], []
     if len(text) > model.config.most_names:

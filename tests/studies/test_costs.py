@@ -72,7 +72,8 @@ def test_every_kind_is_a_row_of_the_sheet(model, monkeypatch):
 def test_a_model_without_lcs_has_a_row_less_and_too_many_names_are_one_line(model, monkeypatch):
     torch.manual_seed(0)
     blank = build(small("fgaseg", lcs="none", p2t=False).run).eval()
-    assert list(C.likenesses(blank, torch.randn(3, 64, 64), model.vlm.embed_text(World.names[:2]))) == ["cosine", "gcs", "logits"]
+    text = model.vlm.embed_text(World.names[:2])
+    assert list(C.likenesses(blank, torch.randn(3, 64, 64), text)) == ["cosine", "gcs", "logits"]
     monkeypatch.setattr(model.config, "most_names", 69)
     with pytest.raises(InputError, match="70 names: costs shows 69"):
         C.costs(model, World("val", 3))
@@ -108,7 +109,7 @@ def test_one_command_draws_both(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(C, "numbers_of_k", lambda L: [4, L])
     C.main([str(run), "--images", "1"])
     assert {path.name for path in (run / "pictures").iterdir()} == {"costs.png", "topk.png"}
-    assert Image.open(run / "pictures/costs.png").width == 4 + 4 * 154 and "whole" in capsys.readouterr().out
+    assert Image.open(run / "pictures/costs.png").width == 4 + 4 * 124 and "whole" in capsys.readouterr().out
     assert np.asarray(Image.open(run / "pictures/topk.png")).std() > 1
 
 
@@ -120,7 +121,8 @@ def test_a_run_without_auxiliary_heads_has_the_first_picture_alone(tmp_path, cap
 
 
 @pytest.mark.parametrize("argv, part", [
-    (["--images", "0"], "--images 0: at least 1"), (["--kappa", "3"], "unknown argument --kappa"), ([], "SAN compares no place")])
+    (["--images", "0"], "--images 0: at least 1"), (["--kappa", "3"], "unknown argument --kappa"),
+    ([], "SAN compares no place")])
 def test_wrong_commands_end_in_one_line(argv, part, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": "san"}))
     with pytest.raises(InputError, match=part) as error:
