@@ -252,14 +252,14 @@ class FGASeg(Segmenter):
 
     def __init__(self, c):
         super().__init__()
-        self.config, self.rates = c, {"tuned.": c.clip_lr}
+        self.config, self.rates = c, {"vlm.tuned.": c.clip_lr}
         self.vlm = load_vlm(c.clip.vlm, c.clip.pretrained, scale=c.clip.clip_scale, depths=c.clip.depths)
         self.vlm.requires_grad_(False)                        # not even the positions
         self.stride = round(self.vlm.patch.stride[0] / c.clip.clip_scale)                # pixels of a patch
         E, C, K, G, half = self.vlm.text_width, self.vlm.width, c.hidden, c.guide, c.hidden // 2
         check_heads(c.p2t_heads, E, "p2t_heads")
         fine, finest = c.decoder_widths
-        self.tuned = Tuned(self.vlm)
+        self.vlm.tuned = Tuned(self.vlm)                      # CLIP's, so that --init leaves them where CLIP is another
         self.p2t = P2Tformer(E, c.p2t_heads, c.p2t_layers) if c.p2t else None
         self.t2p = T2P(E) if c.t2p else None
         self.embed = nn.Conv2d(1, K, 7, padding=3)
@@ -280,6 +280,10 @@ class FGASeg(Segmenter):
         if c.prior:                                           # else the first hundred steps learn that names are rare
             for head in (self.head, *(self.aux or ())):
                 nn.init.constant_(head.bias, -math.log(c.prior - 1))
+
+    def look(self, image):
+        """image (B,3,H,W) -> F (B,E,h,w), and two maps (B,C,h,w) from before: CLIP with the model's own q and v"""
+        return self.vlm.tuned(self.vlm, image)
 
     def guides(self, maps):
         """CLIP's two maps (B,C,h,w) for the decoder: (B,e1,2h,2w) and (B,e2,4h,4w)"""
@@ -304,7 +308,7 @@ class FGASeg(Segmenter):
         if self.config.topk and not self.training and B > 1:  # each image gives up names of its own
             alone = [self(one, text) for one in image.split(1)]
             return {name: torch.cat([out[name] for out in alone]) for name in alone[0]}
-        f, maps = self.tuned(self.vlm, image)                                             # F (B,E,h,w), 2 x (B,C,h,w)
+        f, maps = self.look(image)                                                        # F (B,E,h,w), 2 x (B,C,h,w)
         names, aux, out = text.expand(B, -1, -1), [], {}                                  # T (B,L,E)
         if self.p2t is not None:
             names = self.p2t(names, f)                                                    # T'
@@ -358,10 +362,10 @@ class FGASeg(Segmenter):
 
     def log(self):
         """How far CLIP's copies have moved, and how much of t a name takes."""
-        q, v = self.tuned.drift(self.vlm)
+        q, v = self.vlm.tuned.drift(self.vlm)
         return {"q moved": q, "v moved": v, **({} if self.p2t is None else {"gamma": self.p2t.gamma.mean().item()})}
 
     def parts(self):
-        parts = {"CLIP": [self.tuned], "P2Tformer": [self.p2t], "LCS": [self.lcs], "T2P": [self.t2p],
-                 "aggregation": list(self.aggregation), "decoder": list(self.ups)}
+        parts = {"CLIP features": [self.vlm.tuned], "P2Tformer": [self.p2t], "LCS": [self.lcs], "T2P": [self.t2p],
+                 "aggregation": list(self.aggregation), "decoder": [*self.ups, self.head]}
         return {title: modules for title, modules in parts.items() if modules[0] is not None}

@@ -7,7 +7,7 @@ else is CLIP's.  To say of every patch what it shows, the last block is read as
     F = head( y + MLP(LN2(y)) )                     not of unit length                                (B,E,h,w)
 
 where MaskCLIP (clip.VLM.dense) has neither residual nor MLP.  CLIP itself is not touched, so that a run's checksum of it
-stays; the copies are parameters of the model, and its checkpoint holds them.
+stays; the copies are trained parameters, and a checkpoint holds them.
 
     image (B,3,64,64) -> F (B,64,8,8), and the maps (B,128,8,8) after two of the blocks, as guidance
 

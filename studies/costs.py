@@ -57,7 +57,7 @@ def chosen(label, L):
 def likenesses(model, image, text):
     """image (3,h,w), text (L,E) -> {kind of KINDS: (L,a,b)}, without padding; of a model in eval mode."""
     padded = pad(image.to(text.device), model.stride)
-    out, (f, _) = model(padded, text), model.tuned(model.vlm, padded)
+    out, (f, _) = model(padded, text), model.look(padded)
     out["cosine"] = cosines(text[None], f)
     crop, whole = tuple(image.shape[-2:]), tuple(padded.shape[-2:])
     return {kind: unpad(out[kind][0], crop, whole).float() for kind in KINDS if kind in out}

@@ -50,7 +50,7 @@ def test_likenesses_are_those_of_the_model_without_padding(model):
     padded = torch.nn.functional.pad(image, (0, 7, 0, 4))[None]
     with torch.no_grad():
         assert torch.equal(found["gcs"], model(padded, text)["gcs"][0])
-        assert torch.allclose(found["cosine"], cosines(text[None], model.tuned(model.vlm, padded)[0])[0])
+        assert torch.allclose(found["cosine"], cosines(text[None], model.look(padded)[0])[0])
     assert (found["cosine"] - found["gcs"]).abs().max() > 1e-3
 
 
