@@ -33,7 +33,8 @@ from cli import InputError
 from pat import PAT
 from san import SAN
 
-MODELS = {"pat": PAT, "san": SAN, "dense": "siblings.dense.Dense", "fgaseg": "siblings.fgaseg.FGASeg"}
+MODELS = {"pat": PAT, "san": SAN, "dense": "siblings.dense.Dense", "fgaseg": "siblings.fgaseg.FGASeg",
+          "senatra": "siblings.senatra.SeNaTra"}
 
 
 @dataclass

@@ -20,7 +20,8 @@ from world.scenes import World
 
 SMALL = dict(batch=4, points=64, crf_samples=64, width=48, hs_heads=4, decoder_width=32, spade_hidden=16, head_width=32,
              mixer_hidden=32, codes=(32, 16, 8, 32), dense_width=32, hidden=16, guide=16, guidance=(8, 8), guidance_proj=(4, 4),
-             decoder_widths=(8, 4), agg_layers=1, val_images=4, log_every=1, pretrained="none")
+             decoder_widths=(8, 4), agg_layers=1, widths=(8, 16, 32, 64), head_dim=8, val_images=4, log_every=1,
+             pretrained="none")
 every_model = pytest.mark.parametrize("model", MODELS)
 
 
@@ -30,19 +31,24 @@ def small(model, **numbers):
     return changed(config, **{**{name: value for name, value in SMALL.items() if name in leaves(config)}, **numbers})
 
 
+def samples(config):
+    """What it is trained on: the world, unless its model brings samples of its own."""
+    return model_class(config.run.model).dataset(config.run) or World("train")
+
+
 def micro_batches(config, rank=0, processes=1):
     """What process `rank` draws in the first step."""
-    stream, n = Stream(World("train"), config, 0, rank, processes), config.recipe.batch // processes
-    samples, local = [stream[i] for i in range(n)], n // config.recipe.accumulate
+    stream, n = Stream(samples(config), config, 0, rank, processes), config.recipe.batch // processes
+    drawn, local = [stream[i] for i in range(n)], n // config.recipe.accumulate
     return [(torch.stack([s[0] for s in part]), torch.stack([s[1] for s in part]), torch.tensor([s[2] for s in part]))
-            for part in (samples[k:k + local] for k in range(0, n, local))]
+            for part in (drawn[k:k + local] for k in range(0, n, local))]
 
 
 def first_gradients(config, rank=0, processes=1):
     """In float64, name -> tensor."""
     torch.manual_seed(config.run.seed)
     model = build(config.run).double().train()
-    text = model.vlm.embed_text(World.train_names)
+    text = model.vlm.embed_text(samples(config).train_names)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
     gradients(wrapped, text, micro_batches(config, rank, processes), config, processes)
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -77,8 +83,8 @@ def test_padding_and_unlabelled_pixels_are_no_class(model):
     config = small(model)
     net = build(config.run).train()
     images, labels, numbers = micro_batches(config)[0]
-    terms, _ = gradients(net, net.vlm.embed_text(World.train_names), [(images, torch.full_like(labels, IGNORE), numbers)],
-                         config)
+    text = net.vlm.embed_text(samples(config).train_names)
+    terms, _ = gradients(net, text, [(images, torch.full_like(labels, IGNORE), numbers)], config)
     assert all(torch.isfinite(term) for term in terms.values())
 
 
@@ -99,7 +105,7 @@ def test_resuming_equals_never_having_stopped(model, tmp_path):
 def test_terms_that_are_watched_and_drawn_are_logged(model):
     config = small(model)
     net = build(config.run).train()
-    terms, _ = gradients(net, net.vlm.embed_text(World.train_names), micro_batches(config), config)
+    terms, _ = gradients(net, net.vlm.embed_text(samples(config).train_names), micro_batches(config), config)
     assert net.watch and set(net.watch) <= terms.keys()
     drawn = {term for panel in net.curves.values() for term in panel.values()}
     assert terms.keys() <= drawn | {"ce_1", "mask_1", "dice_1"} and drawn <= terms.keys() | {"lpips"}
