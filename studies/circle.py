@@ -1,12 +1,13 @@
-"""Eq. 1 drawn on a circle, where a unit vector is a dot: its score matrix read both ways, and mean shift to the end.
+"""Eq. 1 drawn on a circle, where a unit vector is a dot: its score matrix read three ways, and mean shift to the end.
 
     python -m studies.gallery eq1      4 codes, 12 features: kappa cos(code, feature); softmax along a row moves a
-                                       code, argmax down a column gives a feature its code
+                                       code, argmax down a column gives a feature its code; softmax down a column,
+                                       then rows divided by their sums, is siblings/grouping.py's
     python -m studies.gallery modes    72 points move to the modes of their density, for kappa 1, 10, 100
 
     codes (4,2), features (12,2)  ->  scores, weights (4,12), index (12), moved codes (4,2)
 
-# paper: Eq. 1.   # ours: the points.
+# paper: Eq. 1; the third reading is SeNaTra's.   # ours: the points.
 
 Tests: tests/studies/test_circle.py.  Read next: patches.py.
 """
@@ -55,13 +56,21 @@ def two_readings(codes, features, kappa):
     return scores, scores.softmax(1), moved, index
 
 
+def third_reading(scores, features):
+    """Down columns, then along rows: scores (n,m), features (m,D) -> how each feature shares itself out among the codes
+    (n,m), columns sum to 1; what each code won in all (n,1); the mean direction of what it won (n,D)."""
+    up = scores.softmax(0)                                                                # over the CODES
+    won = up.sum(1, keepdim=True)
+    return up, won, g(up / won @ features)
+
+
 def eq1(kappa=10.0):
-    """Eq. 1 in one image: 4 codes and 12 features on a circle, their scores, the two ways to read them. PIL image"""
+    """Eq. 1 in one image: 4 codes and 12 features on a circle, their scores, the three ways to read them. PIL image"""
     codes, features = on_circle(CODES), on_circle(FEATURES)
     scores, weights, moved, index = two_readings(codes, features, kappa)
     n, m, r, top, height, x0 = *scores.shape, 84, 70, 262, 352
-    figure, w, h = Figure(900, 70 + 3 * 262), 40, 36
-    figure.text(20, 14, "Eq. 1: one score matrix, read along its two axes", 22)
+    figure, w, h = Figure(900, 70 + 4 * 262), 40, 36
+    figure.text(20, 14, "Eq. 1: one score matrix, read along its two axes, and along both", 22)
     figure.text(20, 44, "g(x) = x / |x| puts codes and features on the unit sphere (here a circle); their cosine is "
                         "all that counts.", 13, GREY)
     names = "abcdefghijkl"
@@ -123,6 +132,23 @@ def eq1(kappa=10.0):
     for j in range(m):
         figure.text(x0 + (j + 0.5) * w, y + 74 + n * h + 12, str(int(index[j]) + 1), 14, INK[index[j]], "mm")
     figure.text(x0 - 12, y + 74 + n * h + 12, "takes", 13, GREY, "rm")
+
+    # 4. down a column, then along a row
+    y += height
+    up, won, centre = third_reading(scores, features)
+    heading(y, "grouping: softmax down each COLUMN, then each row divided by its sum",
+            "Codes compete for a feature, which shares itself out; each moves to the mean of what it won.")
+    at = circle(y, [INK[k] for k in index.tolist()], ["codes that share features", "push each other apart"])
+    for i, (old, new) in enumerate(zip(codes.tolist(), centre.tolist())):
+        figure.line([at(old, 0), at(old, r - 14)], blend(INK[i], 0.35), 2)
+        figure.arrow(at(new, 0), at(new), INK[i], 2.6)
+    matrix(figure, x0, y + 74, up, lambda i, j: blend(INK[i], up[i, j]),
+           lambda i, j: (f"{up[i, j]:.2f}".lstrip("0") if up[i, j] >= 0.005 else "",
+                         "white" if up[i, j] > 0.5 else "black"), (w, h), (0, 10))
+    for i in range(n):
+        figure.text(x0 + m * w + 8, y + 74 + (i + 0.5) * h, f"/ {won[i].item():.1f}", 13, INK[i], "lm")
+    for j in range(m):
+        figure.text(x0 + (j + 0.5) * w, y + 74 + n * h + 12, f"= {up[:, j].sum():.0f}", 13, GREY, "mm")
     return figure.image()
 
 

@@ -1,6 +1,6 @@
 """Eight pictures: what Eq. 1 does, what the tokens of a run mean, how it was trained.  One command each.
 
-    python -m studies.gallery eq1                  Eq. 1: one score matrix; softmax along features, argmax along codes
+    python -m studies.gallery eq1                  Eq. 1: one score matrix; softmax along features, argmax along codes, both
     python -m studies.gallery modes                mean shift: points on a circle move to their modes, kappa 1, 10, 100
     python -m studies.gallery stages RUN           raw features clustered, above the token maps of each stage (Fig. 1)
     python -m studies.gallery clustering RUN       mean shift over features against tokenization (Fig. 6)
@@ -274,7 +274,7 @@ def curves(lines, kind):
 
 # --- commands -------------------------------------------------------------------------------------------------------
 
-NAMES = {"eq1": "Eq. 1: one score matrix, read along its two axes",
+NAMES = {"eq1": "Eq. 1: one score matrix, read along its two axes, and along both",
          "modes": "mean shift: points on a circle move to their modes",
          "stages": "raw features of CLIP, clustered, above the tokens of each stage (the paper's Fig. 1)",
          "clustering": "mean shift over raw features beside the late tokens (Fig. 6)",

@@ -1,9 +1,11 @@
-"""What circle.py promises: Eq. 1 read along its two axes, and mean shift, on points one can check by hand."""
+"""What circle.py promises: Eq. 1 read along its axes, and mean shift, on points one can check by hand."""
 
 import numpy as np
+import pytest
 import torch
 
 from hsattn import g, mean_shift
+from siblings.grouping import mean
 from studies import circle as C
 from studies.pictures import INK
 
@@ -31,6 +33,29 @@ def test_the_picture_of_eq1_paints_each_feature_in_the_colour_of_the_code_it_tak
     row = 70 + 2 * 262 + 74 + 36 * np.arange(4) + 6
     for j in range(12):
         assert [(drawn[row[i], column[j]] == INK[i]).all() for i in range(4)] == [i == index[j] for i in range(4)]
+
+
+def test_the_third_reading_is_softmax_over_the_codes_and_then_a_mean_of_what_a_code_won():
+    """Columns sum to 1, e² and 1 to e² and 1 at the first feature; it is the grouping layer's mean, on the sphere."""
+    codes, features = C.on_circle((0, 90)), C.on_circle((0, 60, 90, 120, 180, 240, 270, 300))
+    scores, *_ = C.two_readings(codes, features, 2.0)
+    up, won, centre = C.third_reading(scores, features)
+    e = torch.tensor(2.0).exp()
+    assert torch.allclose(up.sum(0), torch.ones(8)) and torch.allclose(up[:, 0], torch.stack([e, e * 0 + 1]) / (e + 1))
+    assert torch.allclose(won, up.sum(1, keepdim=True)) and won.sum().item() == pytest.approx(8)
+    grouped = mean(up.T[None], features.view(1, 2, 4, 2))                                 # 8 inputs, 2 groups
+    assert torch.allclose(centre, g(grouped.view(2, 2)), atol=1e-6)
+
+
+def test_the_picture_of_eq1_paints_each_feature_by_its_shares_in_the_last_panel():
+    scores, *_ = C.two_readings(C.on_circle(C.CODES), C.on_circle(C.FEATURES), 10.0)
+    up, won, _ = C.third_reading(scores, C.on_circle(C.FEATURES))
+    drawn = np.asarray(C.eq1())
+    assert drawn.shape == (70 + 4 * 262, 900, 3) and won[3] < 0.2 < 3 < won[0]
+    for i in range(4):
+        for j in range(12):
+            at = drawn[70 + 3 * 262 + 74 + 36 * i + 6, 352 + 40 * j + 9]
+            assert np.abs(at.astype(int) - C.blend(INK[i], up[i, j])).max() <= 1
 
 
 def test_a_wider_kernel_finds_fewer_modes():
