@@ -176,7 +176,8 @@ def main(argv=None):
         _, grid, sizes = chain_of(model, image)
         return uniform_chain(grid), grid, sizes
 
-    rows = {"bilinear": uniform, "its groups": partial(chain_of, model), "before training": partial(chain_of, untrained)}
+    rows = {"bilinear": uniform, "its groups": partial(chain_of, model),
+            "before training": partial(chain_of, untrained)}
     if beside:
         rows[f"those of {args.beside}"] = partial(chain_of, beside)
     n = min(args.images, len(dataset))

@@ -78,8 +78,8 @@ class Two(list):
 
 
 def test_purity_by_hand():
-    """Two images of 2x4, two groups each, halves.  Of the first: left 3 a of 4, right 2 b of 3, one is void; of the second,
-    whose groups have the same numbers but are others: left all c, right 2 of 4.  (3 + 2 + 4 + 2) of 15."""
+    """Two images of 2x4, two groups each, halves.  Of the first: left 3 a of 4, right 2 b of 3, one is void; of the
+    second, whose groups have the same numbers but are others: left all c, right 2 of 4.  (3 + 2 + 4 + 2) of 15."""
     halves = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1]])
     labels = torch.tensor([[[0, 0, 1, 2], [0, 1, 1, IGNORE]], [[2, 2, 0, 1], [2, 2, 0, 1]]])
     data = Two(dict(image=label, label=label) for label in labels)
