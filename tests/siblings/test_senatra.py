@@ -337,6 +337,21 @@ def test_a_block_by_hand():
 
 
 @torch.no_grad()
+def test_attention_by_hand():
+    """Two heads of 8 numbers on 2x3 cells: pairs of a query's and a key's numbers are complex, and turned by y, y/100, x,
+    x/100 radians; values are not.  softmax(Re q k* / √8) v."""
+    attn, x = Attn(16, 2), torch.randn(2, 6, 16)
+    q, k, v = (x @ w.T + b for w, b in zip(attn.qkv.weight.split(16), attn.qkv.bias.split(16)))
+    y_, x_ = torch.meshgrid(torch.arange(2.0), torch.arange(3.0), indexing="ij")
+    turn = torch.polar(torch.ones(()), torch.stack([y_, y_ / 100, x_, x_ / 100], -1).flatten(0, 1))       # (6,4)
+    want = []
+    for head in (slice(0, 8), slice(8, 16)):
+        q_, k_ = (torch.view_as_complex(t[..., head].unflatten(-1, (4, 2)).contiguous()) * turn for t in (q, k))
+        want.append(((q_ @ k_.mH).real / 8**0.5).softmax(-1) @ v[..., head])
+    torch.testing.assert_close(attn(x, (2, 3)), torch.cat(want, -1) @ attn.proj.weight.T + attn.proj.bias)
+
+
+@torch.no_grad()
 def test_attention_knows_how_far_apart_two_cells_are_and_not_where():
     """Keys and queries all alike, values that say where: a weight follows from the offset alone, and a row is another
     offset than a column; without positions all weights would be 1/T."""
