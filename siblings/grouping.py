@@ -134,8 +134,8 @@ class Uniform(nn.Module):
         self.seeds = Seeds(width, out)
 
     def forward(self, x):
-        groups = self.seeds(x)
-        return groups, bilinear(*groups.shape[1:3]).to(x).expand(len(x), -1, -1, -1, -1)
+        groups, wide = self.seeds(x), torch.promote_types(x.dtype, torch.float32)
+        return groups, bilinear(*groups.shape[1:3]).to(x.device, wide).expand(len(x), -1, -1, -1, -1)
 
 
 class Grouping(nn.Module):

@@ -66,6 +66,7 @@ MUTATIONS = [
     Mutation(GROUPING, "the GRU's state and input exchanged", "self.gru(step.flatten(0, 2), groups.flatten(0, 2))",
              "self.gru(groups.flatten(0, 2), step.flatten(0, 2))"),
     Mutation(GROUPING, "shares in half precision", "k, q, bias = k.to(wide), q.to(wide) *", "k, q, bias = k, q *"),
+    Mutation(GROUPING, "uniform shares in half precision", ".to(x.device, wide)", ".to(x)"),
     Mutation(GROUPING, "means in half precision", "        with torch.autocast(v.device.type, enabled=False):\n"
              "            centre = mean(A, v.to(A.dtype))", "        centre = mean(A, v.to(A.dtype))"),
     Mutation(GROUPING, "seeds do not overlap", "nn.Conv2d(width, out, 3, 2, 1, bias=False)",

@@ -270,6 +270,8 @@ def test_a_uniform_layer_is_its_seeds_and_knows_no_image():
     groups, A = uniform(x)
     assert torch.equal(groups, uniform.seeds(x)) and A.dtype == x.dtype and torch.equal(A[0], A[1])
     assert torch.equal(A, uniform(image())[1]) and A.shape == (2, 3, 4, 4, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert uniform.float()(x.bfloat16())[1].dtype == torch.float32
 
 
 # --- seeds, precision, gradients ------------------------------------------------------------------------------------
