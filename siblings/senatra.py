@@ -88,8 +88,8 @@ class Captions:
     """Scenes and the words that are true of them, all that supervision=names may know: no label map leaves this class.
 
     `grains`: whole names, textures, nouns.  Scenes show all 64 objects, as a model trained on the web has read of all,
-    or those that training has masks of.  The first `switch` have 32x32 pixels, one object on one stuff; every third of
-    the others has, too.
+    or those that training has masks of.  The first `switch` are 32x32, one object on one stuff; every third of the others
+    shows no more, the rest as many as World's.
     """
 
     def __init__(self, captions, switch=0):
