@@ -102,7 +102,7 @@ def test_up_and_mean_and_their_compositions_equal_the_explicit_matrices():
             z, inputs = image(h, w, 5, B=1), image(2 * h, 2 * w, 5, B=1)
             assert torch.allclose(up(A, z)[0].flatten(0, 1), M @ z[0].flatten(0, 1))
             assert torch.allclose(mean(A, inputs)[0].flatten(0, 1), D.T @ inputs[0].flatten(0, 1))
-        assert torch.allclose(shares(one, (1, 2))[0].flatten(0, 1), ups[0] @ ups[1] @ ups[2])
+        assert torch.allclose(shares(found, (1, 2))[b].flatten(0, 1), ups[0] @ ups[1] @ ups[2])
         z = image(1, 2, 3, B=1)
         assert torch.allclose(compose(one, z)[0].flatten(0, 1), ups[0] @ ups[1] @ ups[2] @ z[0].flatten(0, 1))
         y = mean(one[2], mean(one[1], mean(one[0], x)))
@@ -189,6 +189,13 @@ def test_equal_logits_share_among_the_groups_that_are_there():
     for i, j, share in [(1, 1, 1 / 9), (0, 1, 1 / 6), (2, 1, 1 / 6), (1, 0, 1 / 6), (0, 0, 1 / 4), (2, 2, 1 / 4)]:
         assert torch.allclose(A[i, j][A[i, j] > 0], torch.tensor(share)) and (A[i, j] > 0).sum() == round(4 / share)
     assert torch.equal(A > 0, (neighbours(torch.ones(1, 3, 3, 1))[0] > 0).mT.expand_as(A))
+
+
+@pytest.mark.parametrize("dense, rel", [(False, 4 * 9), (True, 3 * 16 + 17)])
+def test_how_many_numbers_a_layer_has(dense, rel):
+    """d to 2d: the convolution 18 d², k and v 4, q 4, the MLP 16; norms and the MLP's biases 24 d; tau; B_rel."""
+    count = sum(p.numel() for p in Grouping(24, 48, dense=dense).parameters())
+    assert count == 42 * 24**2 + 24 * 24 + 1 + rel
 
 
 def test_tau_starts_where_attention_has_it():
@@ -294,6 +301,9 @@ def test_an_assignment_is_never_in_half_precision(dense):
         v = grouping.v(x)
     assert A.dtype == torch.float32 and (A.sum(-1) - 1).abs().max() < 1e-6 and v.dtype == torch.bfloat16
     assert torch.equal(again, grouping.norm_mean(mean(A, v.float())))
+    k, q = (torch.randn(1, *side, 8).bfloat16() for side in ((6, 8), (3, 4)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(grouping.assign(k, q), grouping.assign(k.float(), q.float()))
 
 
 @pytest.mark.parametrize("numbers", KINDS, ids=str)
