@@ -34,7 +34,7 @@ from pat import PAT
 from san import SAN
 
 MODELS = {"pat": PAT, "san": SAN, "dense": "siblings.dense.Dense", "fgaseg": "siblings.fgaseg.FGASeg",
-          "senatra": "siblings.senatra.SeNaTra"}
+          "fisa": "siblings.fisa.FISA", "senatra": "siblings.senatra.SeNaTra"}
 
 
 @dataclass

@@ -9,7 +9,9 @@ import pickle
 import tarfile
 import zipfile
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -273,6 +275,26 @@ def tiny(model="pat", **numbers):
     from train import recipe
 
     return recipe("world", model, **{**TINY, **TINY_OF[model], **numbers})
+
+
+KEPT = []                              # folders that go with the process
+
+
+@cache
+def generator(model="san", seed=0):
+    """A finished run directory of a tiny SAN or PAT over a CLIP of random weights: masks for FISA to name.  Made once."""
+    from runs import build
+
+    KEPT.append(TemporaryDirectory())
+    config = tiny(model, seed=seed)
+    with torch.random.fork_rng(devices=[]):                   # whoever asks for it draws on as before
+        torch.manual_seed(0)                                  # the same CLIP for every seed
+        net = build(config.run)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for p in (p for p in net.parameters() if p.requires_grad):
+                p.add_(0.05 * torch.randn_like(p))            # no mask like another's
+    return str(save_run(Path(KEPT[-1].name) / model, net, config, config.recipe.steps))
 
 
 def micro_batches(config, rank=0, processes=1, step=0):

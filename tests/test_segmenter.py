@@ -15,6 +15,7 @@ from data import IGNORE
 from predict import name_pixels, segment
 from runs import MODELS, build, changed, leaves, load_run, model_class, preset
 from segmenter import VLMS, Answer, Segmenter, identity
+from tests.helpers import generator
 from train import Stream, gradients, recipe
 from world.scenes import World
 
@@ -26,9 +27,12 @@ every_model = pytest.mark.parametrize("model", MODELS)
 
 
 def small(model, **numbers):
-    """A Training of the world, cut down by those of SMALL's numbers that the model has."""
+    """A Training of the world, cut down by those of SMALL's numbers that the model has; over a small SAN, if over one."""
     config = recipe("world", model)
-    return changed(config, **{**{name: value for name, value in SMALL.items() if name in leaves(config)}, **numbers})
+    cut = {name: value for name, value in SMALL.items() if name in leaves(config)}
+    if "generator" in leaves(config):
+        cut["generator"] = generator()
+    return changed(config, **{**cut, **numbers})
 
 
 def samples(config):
