@@ -3,7 +3,7 @@
 from tests.mutations import Mutation
 
 SCENES, PRETRAIN = "world/scenes.py", "world/pretrain.py"
-ORACLE, MEANING, GALLERY, ABLATIONS = (f"studies/{name}.py" for name in ("oracle", "meaning", "gallery", "ablations"))
+MEANING, GALLERY, ABLATIONS = (f"studies/{name}.py" for name in ("meaning", "gallery", "ablations"))
 DENSE, DATASETS, FOLDER = "siblings/dense.py", "published/datasets.py", "published/folder.py"
 LABELS, SAN, WEIGHTS, ARCHIVES = ("published/labels.py", "published/san_checkpoints.py", "published/weights.py",
                                   "published/archives.py")
@@ -71,15 +71,6 @@ MUTATIONS = [
              "for optimizer in optimizers[1:]:\n            optimizer.step()"),
 
     # ---- questions to a run ----
-    Mutation(ORACLE, "a mask that covers nothing is named", "weight = (most > 0) *", "weight = (most >= 0) *"),
-    Mutation(ORACLE, "a mask covers what it is not sure of", "[:, known] > 0.5)", "[:, known] > 0.45)"),
-    Mutation(ORACLE, "pixels without a label count", "known = true != IGNORE", "known = true != 99"),
-    Mutation(ORACLE, "a query that says none has a say", "(1 - answer.mix[:, -1] if answer.none else 1.0)", "1.0"),
-    Mutation(ORACLE, "masks are cut before their gate", "(answer.gate(band).flatten(1)", "(band.flatten(1)"),
-    Mutation(ORACLE, "the last name is dropped as if it were none", "answer.mix.shape[1] - answer.none",
-             "answer.mix.shape[1] - 1"),
-    Mutation(ORACLE, "the true names are not used", "_replace(mix=F.one_hot(name, L).float() * weight[:, None], none=False)",
-             "_replace(none=False)"),
     Mutation(MEANING, "texture and noun exchanged", '"texture": label % len(TEXTURES)', '"texture": label // len(NOUNS)'),
     Mutation(MEANING, "stuff has a texture", "answer.masked_fill(ground, IGNORE)", "answer"),
     Mutation(MEANING, "NMI by the sum of the entropies", "/ ((code + label) / 2)", "/ (code + label)"),
