@@ -1,7 +1,7 @@
 """FISA, reconstructed: somebody's masks, frozen; all that is trained is how CLIP names them.
 
-Public are an abstract, captions and two module names: SEVE tells CLIP's image encoder early which names are in question,
-SIMO tunes a small part of CLIP.  No equation, layer, recipe or code is.  THIS IS A RECONSTRUCTION: what it scores says
+Known are an abstract, captions and two module names: SEVE tells CLIP's image encoder early which names are in question,
+SIMO tunes a small part of CLIP.  No equation, layer, recipe or code.  THIS IS A RECONSTRUCTION: what it scores says
 nothing of the paper.
 
     m = generator(image)                        (B,Q,hm,wm)  mask logits of a finished run of SAN or PAT, no gradient
