@@ -122,12 +122,15 @@ MUTATIONS = [
     Mutation(FISA, "the world's recipe is SAN's", '{**SAN.RECIPES["world"], "lr": 3e-4, "warmup": 50}', '{**SAN.RECIPES["world"]}'),
 
     # ---- the oracle ----
-    Mutation(ORACLE, "a mask that covers nothing is named", "* (most > 0)[:, None]", "* (most >= 0)[:, None]"),
+    Mutation(ORACLE, "a mask that covers nothing is named", "weight = (most > 0) *", "weight = (most >= 0) *"),
+    Mutation(ORACLE, "a query that says none has a say", "(1 - answer.mix[:, -1] if answer.none else 1.0)", "1.0"),
     Mutation(ORACLE, "a mask covers what it is not sure of", "[:, known] > 0.5)", "[:, known] > 0.45)"),
     Mutation(ORACLE, "pixels without a label count", "known = true != IGNORE", "known = true != 99"),
     Mutation(ORACLE, "masks are cut before their gate", "(answer.gate(band).flatten(1)", "(band.flatten(1)"),
     Mutation(ORACLE, "the last name is dropped as if it were none", "answer.mix.shape[1] - answer.none", "answer.mix.shape[1] - 1"),
-    Mutation(ORACLE, "the true names are not used", "return answer._replace(mix=mix, none=False)", "return answer._replace(none=False)"),
+    Mutation(ORACLE, "the true names are not used",
+             "return answer._replace(mix=F.one_hot(name, inside.shape[1]).float() * weight[:, None], none=False)",
+             "return answer._replace(none=False)"),
     Mutation(ORACLE, "what fits is what covers most", "return inside / (inside.sum(1, keepdim=True) + region - inside).clamp(min=1)",
              "return inside / region.clamp(min=1)"),
     Mutation(ORACLE, "what both have counts twice", "+ region - inside).clamp(min=1)", "+ region).clamp(min=1)"),
