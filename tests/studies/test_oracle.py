@@ -38,7 +38,7 @@ def test_a_mask_takes_the_name_of_most_of_its_pixels_by_hand():
 def test_a_mask_keeps_the_weight_it_had_for_any_name():
     """Two equal masks over name 0: one is a quarter "none of these", the other all of it, and so has no say."""
     mix = torch.tensor([[0.0, 0.75, 0.25], [0.0, 0.0, 1.0]])
-    true = O.with_true_names(Answer(torch.full((2, 1, 2), 9.0), mix=mix, none=True), torch.tensor([[0, 0]]), (1, 2), (1, 2))
+    true = with_true_names(Answer(torch.full((2, 1, 2), 9.0), mix=mix, none=True), torch.tensor([[0, 0]]), (1, 2), (1, 2))
     assert true.mix.tolist() == [[0.75, 0], [0, 0]]
 
 
