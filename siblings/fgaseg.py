@@ -15,7 +15,7 @@ second, convolutional likeness (LCS), and asks of the names alone that they find
     L   = BCE(o, Y) + .2 Σ_i BCE(o_i, Y) + .02 BCE(A, Y)      o_i: three auxiliary heads;  A = a_t * up(F) + c_t     T2P
 
 A name's own kernel sums to 1 in each channel, so on a flat map every name has S^l = b_t + Σ_c x_c: what S^l says of
-names is b_t, and where the map changes (docs/siblings.md).  `--set lcs=linear` leaves the softmax out.
+names is b_t, and where the map changes (docs/fgaseg.md).  `--set lcs=linear` leaves the softmax out.
 
 ViT-B/16 at 384: F (B,512,24,24) -> logits (B,171,96,96).  World: F (B,64,8,8) -> logits (B,49,32,32).
 

@@ -4,7 +4,7 @@
 
 costs   three images, of each the two names with the most pixels and the first name that is not there.  Row by row: the
         cosine with CLIP's text, S^g, S^l and the logits, all names of a row on one colour scale, from its least to its
-        greatest value: so a row says what tells names apart, and what does not (docs/siblings.md on S^l).
+        greatest value: so a row says what tells names apart, and what does not (docs/fgaseg.md on S^l).
 topk    names that are nowhere among the k best are given up on the way (`topk`): for k = 1, 2, ... how many of the L
         are left, and the mIoU, beside that of the whole model.
 
