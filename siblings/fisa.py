@@ -188,7 +188,7 @@ class FISA(Segmenter):
                for name, vlm in VLMS.items()}
     PRESETS["world"]["seve_blocks"] = 2
     RECIPES = {name: dict(steps=10_000, batch=8, weight_decay=0.05) for name in VLMS}     # MasQCLIP's length
-    RECIPES["world"] = {**SAN.RECIPES["world"], "lr": 3e-4, "warmup": 50}
+    RECIPES["world"] = {**SAN.RECIPES["world"], "lr": 3e-4, "muon": False, "warmup": 50}
     ABLATIONS = {
         "no-seve": dict(seve=False), "seve-1-block": dict(seve_blocks=1), "simo-mask": dict(simo="mask"),
         "simo-image": dict(simo="image"), "no-simo": dict(simo="none"), "hungarian": dict(assign="hungarian"),

@@ -70,7 +70,7 @@ def test_the_sizes_are_pinned(name, sizes, total):
     with torch.device("meta"):
         net = build(preset(name, "fgaseg", pretrained="none"))
     assert tuple(parts(net).values()) == sizes and trainable(net) == total + sizes[-1]
-    assert net.stride == (8 if name == "world" else 16) and not any(p.requires_grad for p in net.vlm.parameters())
+    assert net.stride == (8 if name == "world" else 16) and not any(p.requires_grad for p in net.vlm.model.parameters())
 
 
 def test_cat_seg_is_what_is_left_without_the_three():
@@ -439,7 +439,7 @@ def test_only_copies_of_clip_move_and_the_checkpoint_holds_them():
     """A step of the optimiser: CLIP is bit for bit what it was, and so is its checksum."""
     config = small("fgaseg")
     net = build(config.run).train()
-    before, mark = {n: p.clone() for n, p in net.vlm.state_dict().items()}, fingerprint(net)
+    before, mark = {n: p.clone() for n, p in net.vlm.model.state_dict().items()}, fingerprint(net)
     kept = net.vlm.tuned.q.detach().clone()
     (optimizer,) = net.optimizers(train.parameter_groups(net, config.recipe), config.recipe)
     assert {group["rate"] for group in optimizer.param_groups} == {0.1, 1.0}
@@ -447,7 +447,7 @@ def test_only_copies_of_clip_move_and_the_checkpoint_holds_them():
     for group in optimizer.param_groups:
         group["lr"] *= group["rate"]
     optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in net.vlm.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in net.vlm.model.state_dict().items())
     assert fingerprint(net) == mark and not torch.equal(net.vlm.tuned.q[:5], kept[:5])
     state = trained_state(net)
     assert {name for name in state if name.startswith("vlm.")} == {"vlm.tuned.q", "vlm.tuned.v"}

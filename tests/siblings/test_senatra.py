@@ -406,7 +406,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(net):
     matrices = {id(p) for group in muon.param_groups for p in group["params"]}
     for name, p in net.named_parameters():
         if p.requires_grad:
-            assert (id(p) in matrices) == (p.ndim == 2), name
+            assert (id(p) in matrices) == (p.ndim == 2 and len(p) > 1), name          # a single row is none
     assert config.recipe.muon and config.recipe.lr == 2e-3 and config.run.net.switch == 1200 * 32
 
 
