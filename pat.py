@@ -200,7 +200,7 @@ class PAT(TokenPyramid, SAN):
     PRESETS["world"].update(
         SMALL_SIDE, hs_heads=6, mixer_hidden=96, decoder_width=64, decoder_heads=4, spade_hidden=32,
         points=WORLD_POINTS, crf_samples=128,
-        w_vq=5.0, w_rec=60.0,              # 0.1 and 1 in the paper, which trains 140 times longer and adds LPIPS
+        w_vq=5.0, w_rec=120.0,             # 0.1 and 1 in the paper, which trains 140 times longer and adds LPIPS
         perceptual=False, restart_after=80)
     ABLATIONS = {                          # the rows of the paper's Table II
         "no-vmf": dict(metric="euclidean"), "no-vmf-dot": dict(metric="dot"), "scales-4-4-4": dict(scales=(4, 4, 4)),

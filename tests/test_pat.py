@@ -551,7 +551,7 @@ def test_the_terms_of_a_preset_in_numbers(name, monkeypatch):
     out, model.config = {**model(images(), TEXT), "image": mean + 0.25}, net              # of `net` the loss's numbers
     batch = Batch(torch.zeros(2, 3, 64, 64), labels, torch.ones_like(labels).bool(), [(0, 1), (0, 2)], model.totals(labels), 1)
     terms = model.terms(out, batch)
-    vq, align, rec = (0.1, 0.1, 1.0) if name == "coco" else (5.0, 0.1, 60.0)
+    vq, align, rec = (0.1, 0.1, 1.0) if name == "coco" else (5.0, 0.1, 120.0)
     weights = {"ce_1": 2, "mask_1": 5, "dice_1": 5, "ce_2": 2, "mask_2": 5, "dice_2": 5,
                "vq": vq, "crf": align, "tv": align, "l1": 0.1 * rec, "l2": 1.0 * rec}
     weights |= {"lpips": 0.1} if name == "coco" else {}       # the world does without

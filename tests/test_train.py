@@ -372,7 +372,7 @@ def test_presets_are_the_papers_recipe():
     (["--ablate", "tokens"], "--ablate tokens: pat has no-vmf, no-vmf-dot, scales-4-4-4"),
     (["--set", "w_rek=1"], "no number called w_rek; did you mean w_rec"), (["--set", "w_rec"], "--set w_rec: takes NAME=VALUE"),
     (["--set", "mixer=perhaps"], "mixer=perhaps: takes true or false"), (["--set", "scales=a,b"], "scales=a,b: takes values with"),
-    (["--set", "w_rec=much"], "w_rec=much: takes a number, such as 60.0"), (["--set", "points=1.5"], "takes a whole number"),
+    (["--set", "w_rec=much"], "w_rec=much: takes a number, such as 120.0"), (["--set", "points=1.5"], "takes a whole number"),
     (["--set", "dense_width=3"], "model pat has no number called dense_width: that number is DENSE's"),
     (["--resume", "runs/x", "--set", "w_rec=1"], "leave out --set"), (["--resume", "runs/x", "--ablate", "no-vmf"], "out --ablate"),
     (["--resume", "runs/x", "--steps", "9"], "leave out --steps"),

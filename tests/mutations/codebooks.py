@@ -105,7 +105,7 @@ MUTATIONS = [
     Mutation(PAT, "alignment sees the image in 0..1", "alignment(tokens.zq, batch.images,",
              "alignment(tokens.zq, to_unit(batch.images),"),
     Mutation(PAT, "coco's w_rec is 10", "w_rec: float = 1.0", "w_rec: float = 10.0"),
-    Mutation(PAT, "the world's w_rec is 6", "w_rec=60.0, ", "w_rec=6.0, "),
+    Mutation(PAT, "the world's w_rec is 12", "w_rec=120.0, ", "w_rec=12.0, "),
     Mutation(PAT, "the world's w_vq is the paper's", "w_vq=5.0, ", ""),
     Mutation(PAT, "coco without LPIPS", "perceptual: bool = True", "perceptual: bool = False"),
     Mutation(PAT, "a missing VGG is noticed in the first step only", "        if c.perceptual:\n            perceptual(device)\n", ""),

@@ -119,7 +119,7 @@ MUTATIONS = [
     Mutation(FISA, "heads that do not divide the width", '        check_heads(heads, inner, "seve_heads")\n', ""),
     Mutation(FISA, "EVA is taken for a ViT", "if not isinstance(self.vlm, OpenAIViT):", "if False:"),
     Mutation(FISA, "a sixth of a large CLIP is told", '8 if "large" in name else 4', "4"),
-    Mutation(FISA, "the world's recipe is SAN's", '{**SAN.RECIPES["world"], "lr": 3e-4, "warmup": 50}', '{**SAN.RECIPES["world"]}'),
+    Mutation(FISA, "the world's recipe is SAN's", '{**SAN.RECIPES["world"], "lr": 3e-4, "muon": False, "warmup": 50}', '{**SAN.RECIPES["world"]}'),
 
     # ---- the oracle ----
     Mutation(ORACLE, "a mask that covers nothing is named", "weight = (most > 0) *", "weight = (most >= 0) *"),
