@@ -61,6 +61,16 @@ def test_spade_scales_by_one_plus_gamma_and_shifts_by_beta():
     assert spade(x, torch.zeros(1, 1, 1, 2)).flatten().tolist() == pytest.approx([3.0, 4.0], abs=1e-4)
 
 
+def test_a_condition_is_read_even_where_every_hidden_unit_is_below_zero():
+    """With a ReLU there it would be nobody's, and would never come back: no gradient reaches what feeds it."""
+    spade, c = SPADE(6, 4), torch.randn(2, 3, 4, 6, requires_grad=True)
+    with torch.no_grad():
+        spade.shared.weight.mul_(0.1)
+        spade.shared.bias.fill_(-1.0)
+    spade(torch.randn(2, 3, 4, 6), c).square().sum().backward()
+    assert (c.grad != 0).all() and spade.shared.weight.grad.abs().sum() > 1e-3
+
+
 def test_pooled_attention_is_full_attention_on_pooled_keys():
     """On a map that is constant in 2x2 cells, pooling keys and values by 2 changes nothing at all."""
     attn = PooledSelfAttn(8, 2)
@@ -201,8 +211,9 @@ def nn_linear(convolution):
 
 
 def spade(x, c, m):
-    """norm(x) * (1 + gamma(c)) + beta(c); gamma and beta from two 3x3 convolutions with a ReLU between them."""
-    c = F.conv2d(c.permute(0, 3, 1, 2), m.shared.weight, m.shared.bias, padding=1).clamp(min=0)
+    """norm(x) * (1 + gamma(c)) + beta(c); gamma and beta from two 3x3 convolutions with a GELU between them."""
+    c = F.conv2d(c.permute(0, 3, 1, 2), m.shared.weight, m.shared.bias, padding=1)
+    c = c * (1 + torch.erf(c / 2**0.5)) / 2                   # GELU
     gamma_beta = F.conv2d(c, m.gamma_beta.weight, m.gamma_beta.bias, padding=1).permute(0, 2, 3, 1)
     gamma, beta = gamma_beta[..., :x.shape[-1]], gamma_beta[..., x.shape[-1]:]
     return normal(x) * (1 + gamma) + beta

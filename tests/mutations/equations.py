@@ -52,8 +52,10 @@ MUTATIONS = [
     # --- decoder.py, Eq. 3 ---
     Mutation("decoder.py", "SPADE scales by gamma, not 1 + gamma", "* (1 + gamma) + beta", "* gamma + beta"),
     Mutation("decoder.py", "gamma and beta swapped", "gamma, beta = on_map", "beta, gamma = on_map"),
-    Mutation("decoder.py", "SPADE without its activation", "F.relu(on_map(self.shared, c))",
+    Mutation("decoder.py", "SPADE without its activation", "F.gelu(on_map(self.shared, c))",
              "on_map(self.shared, c)"),
+    Mutation("decoder.py", "SPADE's own ReLU, which dies", "F.gelu(on_map(self.shared, c))",
+             "F.relu(on_map(self.shared, c))"),
     Mutation("decoder.py", "SPADE's norm over the whole map", "F.layer_norm(x, x.shape[-1:])",
              "F.layer_norm(x, x.shape[1:])"),
     Mutation("decoder.py", "DySample's offsets twice as long", "0.25 * self.offset(x)", "0.5 * self.offset(x)"),
