@@ -3,6 +3,7 @@
     run_cli(main)        an InputError ends the program with one line on stderr and status 2, no traceback
     parse_flags(parser)  an unknown flag names the closest one there is
     write_files({...})   files are replaced only when all of them stand whole beside their places
+    number, choice       a field of a config with its range beside it: `lr: float = number(1e-4, 1e-9, 10)`
 
 Every file of the project raises `InputError` for what a user gave and cannot be used: where, what is wrong, what to do.
 
@@ -13,9 +14,13 @@ Tests: tests/test_cli.py.  Read next: data.py.
 
 import argparse
 import difflib
+import errno
+import glob
 import hashlib
 import os
 import sys
+import time
+from dataclasses import field
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +33,18 @@ class InputError(Exception):
 
 
 def run_cli(main):
-    """Run `main()`; an InputError ends the program with one line on stderr and status 2, without a traceback."""
+    """Run `main()`; an InputError ends the program with one line on stderr and status 2, Ctrl-C with 130; no traceback."""
     try:
         main()
-    except InputError as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):                        # a full disk, a name too long: met where nobody looked
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG):
+                raise
+            error = InputError(f"{error.filename or 'the disk'}: {error.strerror}; what was written before is whole")
+        if int(os.environ.get("RANK", 0)):                    # where process 0 has the same to say, torchrun ends the rest first
+            time.sleep(3)
         # A DataLoader worker hands its error over as a whole traceback whose last line is ours.
         line = str(error).rstrip().splitlines()[-1]
         print("error: " + line.split("InputError: ")[-1], file=sys.stderr)
@@ -60,6 +73,36 @@ def parse_flags(parser, argv=None):
     return args
 
 
+def number(default, low, high, n=None):
+    """A field of a config: a number of the default's kind, or a tuple of such (n of them, if given), each from low to high."""
+    return field(default=default, metadata=dict(low=low, high=high, n=n))
+
+
+def choice(*allowed, default=None):
+    """A field of a config: one word of `allowed`, by default the first; where the default is a tuple, any of them."""
+    return field(default=allowed[0] if default is None else default, metadata=dict(allowed=allowed))
+
+
+def checked(name, value, spec):
+    """`value` for the field `spec` of a config, of its default's kind.  Raises InputError for another kind, or out of range."""
+    kind, limits, many = type(spec.default), spec.metadata, isinstance(value, tuple)
+    shown, each = (" ".join(map(str, value)), value) if many else (value, (value,))
+    fits = many == (kind is tuple)
+    if "allowed" in limits:
+        if not fits or any(part not in limits["allowed"] for part in each):
+            raise InputError(f"{name} {shown}: there are {', '.join(limits['allowed'])}")
+    elif "low" in limits:
+        low, high, n, one = limits["low"], limits["high"], limits["n"], int if kind is tuple else kind
+        if one is float and type(value) is int:               # 1 for 1.0, as JSON and people write it
+            value, each = float(value), (float(value),)
+        if not fits or n not in (None, len(each)) or any(type(part) is not one or not low <= part <= high for part in each):
+            what = f"{n or 'some'} whole numbers, each" if kind is tuple else "a whole number" if one is int else "a number"
+            raise InputError(f"{name} {shown}: takes {what} from {low:g} to {high:g}")
+    elif type(value) is not kind:
+        raise InputError(f"{name} {shown}: takes {'true or false' if kind is bool else 'a text'}")
+    return value
+
+
 def check_device(device):
     """Raises InputError for "cuda" where no GPU is visible."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -75,6 +118,9 @@ def write_files(files):
     try:
         for path, content in files.items():
             path = Path(path)
+            for left in path.parent.glob(f".[0-9]*.{glob.escape(path.name)}"):                # by a process that was killed
+                if not Path("/proc", left.name.split(".")[1]).exists():
+                    left.unlink(missing_ok=True)
             temporary = written[path] = path.with_name(f".{os.getpid()}.{path.name}")
             if isinstance(content, str):
                 temporary.write_text(content, encoding="utf-8")

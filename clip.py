@@ -38,7 +38,7 @@ from timm.layers import RotaryEmbeddingCat
 from torch import nn
 from tqdm import tqdm
 
-from cli import tensors_checksum
+from cli import InputError, number, tensors_checksum
 
 # B, H, W, C, Q, L: see hsattn.py; h, w CLIP's grid, P = h*w patches; E the width of the joint space.
 
@@ -55,12 +55,12 @@ TEMPLATES = (                                          # SAN's 14 sentences (`vi
 class CLIPConfig:
     """Which frozen CLIP, and at what size it is shown images; defaults are the reference size."""
 
-    vlm: str = "ViT-B-16"              # open_clip name, or "world"; published/weights.py: what -gelu, -quickgelu add
-    pretrained: str = "openai"         # open_clip tag, a local file, or "none" for random weights
-    clip_scale: float = 0.5            # CLIP sees the image at this fraction (SAN: 0.7 for ViT-L-14-336)
-    depths: tuple = ()                 # blocks after which CLIP's maps are taken; () = quarters of its depth
-    short_side: int = 640              # pixels of the shorter image side at test time, and of the training crop (SAN)
-    long_side: int = 2560              # pixels; the longer side is at most this (SAN)
+    vlm: str = "ViT-B-16"                       # open_clip name, or "world"; published/weights.py: what -gelu, -quickgelu add
+    pretrained: str = "openai"                  # open_clip tag, a local file, or "none" for random weights
+    clip_scale: float = number(0.5, 0.05, 4)    # CLIP sees the image at this fraction (SAN: 0.7 for ViT-L-14-336)
+    depths: tuple = number((), 0, 1000)         # blocks after which CLIP's maps are taken; () = quarters of its depth
+    short_side: int = number(640, 1, 8192)     # pixels of the shorter side at test time, and of a training crop (SAN)
+    long_side: int = number(2560, 1, 65536)    # pixels; the longer side is at most this (SAN)
 
 
 def resize_positions(positions, old, new):
@@ -113,6 +113,8 @@ class VLM(nn.Module):
         self.text_width = projection.shape[-1] if torch.is_tensor(projection) else projection.out_features
         quarter = len(self.blocks) // 4
         self.depths = tuple(depths) if depths else (0, quarter, 2 * quarter, 3 * quarter)
+        if sorted(self.depths) != list(self.depths) or self.depths[-1] >= len(self.blocks):
+            raise InputError(f"depths {' '.join(map(str, self.depths))}: takes rising numbers below {len(self.blocks)}, CLIP's blocks")
         self.requires_grad_(False)
         self.positions.requires_grad_(True)                   # the one part of CLIP that is trained
 

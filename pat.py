@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip import CLIPConfig
-from cli import InputError
+from cli import InputError, choice, number
 from data import rng_for, to_unit
 from decoder import Decoder, Up, log2
 from hsattn import Attn, HSAttn, g
 from kernels import CHOICES, path
 from losses import alignment, cells, means, perceptual, reconstruction
-from san import MLP, SAN, SMALL_SIDE, WORLD_POINTS, SideConfig, check_heads, check_positive, tokens
+from san import MLP, SAN, SMALL_SIDE, WORLD_POINTS, SideConfig, check_heads, tokens
 from segmenter import VLMS, summed
 from vq import METRICS, codebook_health, features_at, restart_dead_codes, vMFVQ
 
@@ -51,32 +51,32 @@ class PATConfig:
 
     clip: CLIPConfig = field(default_factory=CLIPConfig)
     side: SideConfig = field(default_factory=SideConfig)
-    codes: tuple = (128, 64, 32, 256)  # K of early, mid, late, latent
-    code_dim: int = 32                 # D
-    kappa: float = 30.0                # concentration of HSAttn (Mean Shift Mask Transformer's)
-    hs_heads: int = 8                  # heads of HSAttn and of the global tokens' Attn
-    mixer_hidden: int = 256            # TokenMixer
-    decoder_width: int = 256
-    decoder_heads: int = 8
-    spade_hidden: int = 128
-    scales: tuple = (4, 2, 1)          # of early, mid, late: how many times finer than the side grid
-    metric: str = "cosine"             # or "dot", "euclidean": VQ off the sphere, and plain attention
-    mixer: bool = True                 # False: no token flow between stages and to the global tokens
-    residual: bool = True              # False: no pixels in the pyramid
-    unified: bool = False              # one embedding is queries and every codebook
-    separate_decoders: bool = False    # one for pixels, one for masks
-    decoder_stages: tuple = PYRAMID    # those that keep their SPADE block and cross-attention
-    kernels: str = "auto"              # plain, triton, or auto: Triton on a GPU, kernels/cpu.py on a CPU
-    points: int = 12544                # for matching and for the mask losses, an image
-    w_vq: float = 0.1                  # weights of L_VQ, L_align, L_rec
-    w_align: float = 0.1
-    w_rec: float = 1.0
-    align: str = "scale-free"          # or "literal", the paper's; "none" drops it
-    align_latent: bool = False         # L_align on the latent too, not only on the pyramid
-    perceptual: bool = True            # LPIPS-VGG in L_rec; its backbone is a file to be had once
-    crf_samples: int = 1000            # pixels an image and stage
-    restart_after: int = 240           # images that a code may fall behind before it restarts; 0 = never
-    restart_share: float = 0.1         # what is expected of a code: this fraction of an even share of the features
+    codes: tuple = number((128, 64, 32, 256), 1, 65536, 4)  # K of early, mid, late, latent
+    code_dim: int = number(32, 1, 4096)         # D
+    kappa: float = number(30.0, 1e-3, 1e4)      # concentration of HSAttn (Mean Shift Mask Transformer's)
+    hs_heads: int = number(8, 1, 256)           # heads of HSAttn and of the global tokens' Attn
+    mixer_hidden: int = number(256, 1, 16384)   # TokenMixer
+    decoder_width: int = number(256, 1, 16384)
+    decoder_heads: int = number(8, 1, 256)
+    spade_hidden: int = number(128, 1, 16384)
+    scales: tuple = number((4, 2, 1), 1, 64, 3)  # of early, mid, late: how many times finer than the side grid
+    metric: str = choice(*METRICS)              # dot, euclidean: VQ off the sphere, and plain attention
+    mixer: bool = True                          # False: no token flow between stages and to the global tokens
+    residual: bool = True                       # False: no pixels in the pyramid
+    unified: bool = False                       # one embedding is queries and every codebook
+    separate_decoders: bool = False             # one for pixels, one for masks
+    decoder_stages: tuple = choice(*PYRAMID, default=PYRAMID)  # those that keep their SPADE block and cross-attention
+    kernels: str = choice(*CHOICES, default="auto")  # plain, triton, or auto: Triton on a GPU, kernels/cpu.py on a CPU
+    points: int = number(12544, 1, 10**6)       # for matching and for the mask losses, an image
+    w_vq: float = number(0.1, 0, 1e6)           # weights of L_VQ, L_align, L_rec
+    w_align: float = number(0.1, 0, 1e6)
+    w_rec: float = number(1.0, 0, 1e6)
+    align: str = choice("scale-free", "literal", "none")  # literal: the paper's; none drops it
+    align_latent: bool = False                  # L_align on the latent too, not only on the pyramid
+    perceptual: bool = True                     # LPIPS-VGG in L_rec; its backbone is a file to be had once
+    crf_samples: int = number(1000, 1, 10**5)   # pixels an image and stage
+    restart_after: int = number(240, 0, 10**9)  # images that a code may fall behind before it restarts; 0 = never
+    restart_share: float = number(0.1, 0, 1)    # what is expected of a code: this fraction of an even share of the features
 
 
 class TokenMixer(nn.Module):
@@ -216,23 +216,13 @@ class PAT(TokenPyramid, SAN):
 
     @classmethod
     def check(cls, c):
-        for name, allowed in dict(align=("scale-free", "literal", "none"), kernels=CHOICES, metric=METRICS).items():
-            if getattr(c, name) not in allowed:
-                raise InputError(f"{name} {getattr(c, name)}: there are {', '.join(allowed)}")
-        for stage in c.decoder_stages:
-            if stage not in PYRAMID:
-                raise InputError(f"decoder_stages {stage}: there are {', '.join(PYRAMID)}")
-        depths = c.clip.depths or (1,) * len(STAGES)
-        for name, given, n, least in (("scales", c.scales, len(PYRAMID), 1), ("codes", c.codes, len(STAGES), 1),
-                                      ("depths", depths, len(STAGES), 0)):
-            if len(given) != n or min(given) < least:
-                raise InputError(f"{name} {' '.join(map(str, given))}: takes {n} positive numbers")
+        if len(c.clip.depths) not in (0, len(STAGES)):
+            raise InputError(f"depths {' '.join(map(str, c.clip.depths))}: takes {len(STAGES)} numbers, or none")
         check_heads(c.side.heads, c.side.width)
         check_heads(c.hs_heads, c.side.width, "hs_heads")
         check_heads(c.decoder_heads, c.decoder_width, "decoder_heads")
         if c.side.depth < len(PYRAMID):
             raise InputError(f"depth {c.side.depth}: each of {', '.join(PYRAMID)} follows a block; give {len(PYRAMID)} or more")
-        check_positive(c, "points", "crf_samples")
 
     def build(self):
         c, width = self.config, self.config.side.width
@@ -344,7 +334,7 @@ class PAT(TokenPyramid, SAN):
                 candidates = g(candidates) if vq.metric == "cosine" else candidates
                 put = restart_dead_codes(vq.codebook, vq.idle, summed(counts), candidates, batch, after, c.restart_share)
                 new[vq.codebook], restarted = put, int(put.sum())
-            self.uses[stage] = self.uses.get(stage, 0) + counts
+            self.uses[stage] = self.uses.get(stage, torch.zeros_like(counts)).to(counts) + summed(counts)
             self.last[stage] = remembered[0][1][stage][1], restarted
         return new
 
@@ -353,11 +343,14 @@ class PAT(TokenPyramid, SAN):
         lines = {}
         for stage, vq in self.quantisers().items():
             x, restarted = self.last[stage]
-            health = codebook_health(summed(self.uses[stage]), self.codebook(stage), x.movedim(1, -1).flatten(0, 2),
+            health = codebook_health(self.uses[stage], self.codebook(stage), x.movedim(1, -1).flatten(0, 2),
                                      vq.choose)
             lines[stage] = {**health, "restarted": restarted}
         self.uses = {}
         return lines
+
+    def unlogged(self):
+        return self.uses
 
     def parts(self):
         return {"side ViT + semantic": [self.side, *self.semantic], "fusion": list(self.fusion), "pixel branch": [self.pixels],

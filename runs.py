@@ -3,7 +3,10 @@
     config.json              every number, flat: leaf names are unique among the parts of a config
     checkpoint.safetensors   model.NAME       every trained parameter and every buffer of ours, by its name in the model
                              adam.KIND.NAME   the optimisers' moments and step counters, where the run may go on
-                             metadata         step, and a checksum of the frozen weights that these belong to
+                             log.NAME         counts that no logged line has told yet
+                             metadata         step, format, a checksum of the frozen weights that these belong to, and one
+                                              of the file, so that a flipped bit is noticed
+    checkpoint.before.safetensors            the one before; the newest whole one is taken
     names.txt                what it was trained with, a name a line
 
 The frozen CLIP is not in it: 600 MB that everybody has once.  Its checksum is, so that a checkpoint is not joined to
@@ -21,33 +24,38 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
+import sys
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from cli import InputError
+from cli import InputError, checked, number, tensors_checksum
 from pat import PAT
 from san import SAN
 
 MODELS = {"pat": PAT, "san": SAN, "dense": "siblings.dense.Dense", "fgaseg": "siblings.fgaseg.FGASeg",
           "fisa": "siblings.fisa.FISA", "senatra": "siblings.senatra.SeNaTra"}
 
+CHECKPOINTS = "checkpoint.safetensors", "checkpoint.before.safetensors"                   # the newest, the one before
+FORMAT = "2"                           # of a checkpoint; of before November 2026 it says none, and has no checksum
+
 
 @dataclass
 class RunConfig:
     """What every run needs, and its model's own numbers."""
 
-    net: object                        # the model's Config
-    model: str = "pat"                 # a name of MODELS
-    preset: str = "coco"               # which preset the numbers started from
-    seed: int = 0                      # of the weights and of every draw in training
-    data: str = ""                     # the folder it is trained on; the world needs none
-    val_data: str = ""                 # what it is scored on: a folder, or COCO-Stuff val; "" = first images of `data`
-    ignore: int = 255                  # value in the folders' label files that means unlabelled
+    net: object                                 # the model's Config
+    model: str = "pat"                          # a name of MODELS
+    preset: str = "coco"                        # which preset the numbers started from
+    seed: int = number(0, 0, 2**32 - 1)         # of the weights and of every draw in training
+    data: str = ""                              # the folder it is trained on; the world needs none
+    val_data: str = ""                          # what it is scored on: a folder, or COCO-Stuff val; "" = first images of `data`
+    ignore: int = number(255, 0, 65535)         # value in the folders' label files that means unlabelled
 
 
 # --- configs: parts, and leaves with names of their own -------------------------------------------------------------
@@ -71,7 +79,8 @@ def closest(word, names):
 
 
 def changed(config, **numbers):
-    """A copy with other numbers.  Raises InputError for a name it does not have: whose it is, or the closest."""
+    """A copy with other numbers.  Raises InputError for one out of its range, or a name it does not have: whose it is, or the
+    closest."""
     config = deepcopy(config)
     parts = leaves(config)
     for name, value in numbers.items():
@@ -79,7 +88,8 @@ def changed(config, **numbers):
             others = [other for other in MODELS if name in leaves(model_class(other).Config())]
             whose = f": that number is {others[0].upper()}'s" if others else closest(name, parts)
             raise InputError(f"{config_name(config)} has no number called {name}{whose}")
-        setattr(parts[name], name, value)
+        spec = next(field for field in fields(parts[name]) if field.name == name)
+        setattr(parts[name], name, checked(name, value, spec))
     return config
 
 
@@ -97,7 +107,7 @@ def parse_value(name, default, text):
         if isinstance(default, tuple):
             kind = str if default and isinstance(default[0], str) else int
             return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-        return type(default)(text)
+        return type(default)(text.strip())
     except (ValueError, KeyError) as error:
         kind = {bool: "true or false", tuple: "values with commas between", int: "a whole number",
                 float: "a number"}[type(default)]
@@ -135,7 +145,7 @@ def build(run):
 # --- config.json ----------------------------------------------------------------------------------------------------
 
 RENAMED = {"clip": "grad_clip", "vmf": "metric"}              # in runs of before November 2026
-OLD_VALUES = {("kernels", "torch"): "auto", ("metric", True): "cosine", ("metric", False): "dot"}
+OLD_VALUES = {("kernels", "torch"): "auto", ("metric", "True"): "cosine", ("metric", "False"): "dot"}
 NEW_VALUES = {"perceptual": False}                            # LPIPS was where its file happened to be
 
 
@@ -144,7 +154,7 @@ def filled(config, stored):
     if stored.get("decoder_attention", "pooled") != "pooled":
         raise InputError("its decoder_attention was full, which is no more: train it again")
     stored = {RENAMED.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in (NEW_VALUES | stored).items()}
-    stored = {name: OLD_VALUES.get((name, value), value) for name, value in stored.items()}
+    stored = {name: OLD_VALUES.get((name, str(value)), value) for name, value in stored.items()}
     return changed(config, **{name: stored[name] for name in leaves(config) if name in stored})
 
 
@@ -175,14 +185,12 @@ def load_run(run, device="cpu"):
 
     Raises InputError, naming the file, when one is missing, damaged or belongs to another model.
     """
-    config, path = load_config(run), Path(run) / "checkpoint.safetensors"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; the run has not written a checkpoint yet")
+    config, found = load_config(run), read_checkpoint(run)
     if hasattr(config.net, "kernels"):
         config.net.kernels = "auto"                           # how it was trained binds nobody who only uses it
     torch.manual_seed(config.seed)                            # with pretrained "none", CLIP comes from the seed
     model = build(config)
-    load_weights(model, path)
+    load_weights(model, found, run)
     return model.to(device).eval(), config
 
 
@@ -202,94 +210,123 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def read_checkpoint(path):
-    """(name -> tensor of the trained part, metadata) of a checkpoint.  Raises InputError if it is damaged."""
+def digest(tensors, told):
+    """A checksum of everything a checkpoint says: its tensors and its metadata."""
+    return hashlib.sha256(f"{tensors_checksum(tensors)} {sorted(told.items())}".encode()).hexdigest()
+
+
+def write_checkpoint(run, tensors, **told):
+    """Tensors and metadata (str) as the run's newest checkpoint; the one there was becomes CHECKPOINTS[1].
+
+    The file stands whole on the disk, fsync, before it takes its name.  Raises InputError where it cannot be written.
+    """
+    path, before = (Path(run) / name for name in CHECKPOINTS)
+    temporary, old = path.with_name("." + path.name), path.with_name("." + before.name)
+    told = {"format": FORMAT, **told}
+    try:
+        with open(temporary, "wb") as file:
+            file.write(save(tensors, {**told, "digest": digest(tensors, told)}))
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copyfile(path, old)                        # so that the newest has its name at every moment
+            os.replace(old, before)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)            # a name, too, is on the disk only once its folder is
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        for file in (temporary, old):
+            file.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror}); what stood there is whole") from error
+
+
+def read_file(path):
+    """(name -> tensor, metadata) of a checkpoint file.  Raises InputError if it is damaged; of before November 2026: unread."""
     try:
         with safe_open(path, "pt") as file:
-            state = {key[6:]: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}
-            return state, file.metadata() or {}
+            tensors, told = {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
     except Exception as error:
         raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); it may be truncated: "
                          "copy it again or train again") from error
+    if told.get("format", FORMAT) != FORMAT:
+        raise InputError(f"{path}: of format {told['format']}; this program reads {FORMAT}")
+    said = told.pop("digest", None)
+    if said is not None and said != digest(tensors, told):
+        raise InputError(f"{path}: damaged, its checksum does not fit: copy it again or train again")
+    return tensors, told
 
 
-def load_weights(model, path):
-    """Load the trained part of a checkpoint.  Raises InputError unless names, shapes and the VLM agree."""
-    state, metadata = read_checkpoint(path)
-    own = trained_state(model)
+def read_checkpoint(run):
+    """(name -> tensor, metadata) of the newest whole checkpoint of a run directory; a damaged one is named on stderr.
+
+    Raises InputError, naming the newest, if there is none, or none is whole.
+    """
+    paths = [path for path in (Path(run) / name for name in CHECKPOINTS) if path.is_file()]
+    if not paths:
+        raise InputError(f"{Path(run) / CHECKPOINTS[0]}: no such file; the run has not written a checkpoint yet")
+    errors = []
+    for path in paths:
+        try:
+            found = read_file(path)
+            for error in errors:
+                print(f"{error}; instead {path.name} is taken, of step {found[1].get('step')}", file=sys.stderr)
+            return found
+        except InputError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def part(tensors, prefix):
+    """The entries of a checkpoint whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def load_weights(model, found, run):
+    """Load the trained part of what `read_checkpoint(run)` found.  Raises InputError unless names, shapes and the VLM agree."""
+    tensors, told = found
+    own, state = trained_state(model), part(tensors, "model.")
     wrong = sorted(key for key in own.keys() | state.keys()
                    if key not in own or key not in state or own[key].shape != state[key].shape)
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} entries do not fit this model, the first is {wrong[0]}; "
+        raise InputError(f"{run}: {len(wrong)} entries do not fit this model, the first is {wrong[0]}; "
                          "it belongs to another preset or other switches")
-    if metadata.get("vlm") != fingerprint(model):
-        raise InputError(f"{path}: was trained over other CLIP weights than {model.config.clip.pretrained!r}")
+    if told.get("vlm") != fingerprint(model):
+        raise InputError(f"{run}: was trained over other CLIP weights than {model.config.clip.pretrained!r}")
     with torch.no_grad():
         for key, value in state.items():
             own[key].copy_(value)
 
 
-def save_checkpoint(path, model, optimizers, step):
-    """Weights, the optimisers' state and the step in one safetensors file, replaced atomically."""
+def save_checkpoint(run, model, optimizers, step):
+    """Weights, the optimisers' state, what waits for the log and the step, in one file.
+
+    Raises InputError, and writes nothing, where a trained number is not finite.
+    """
     tensors = {f"model.{name}": value for name, value in trained_state(model).items()}
-    names = {p: name for name, p in model.named_parameters()}
+    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    for p, name in trained.items():
+        if not p.isfinite().all():
+            error = FloatingPointError(f"{name} is not finite after {step} steps")
+            raise InputError(f"{error}; the checkpoint in {run} stays as it was") from error
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
-            tensors.update({f"adam.{kind}.{names[p]}": value for kind, value in state.items()})
+            tensors.update({f"adam.{kind}.{trained[p]}": value for kind, value in state.items()})
+    tensors.update({f"log.{name}": value for name, value in model.unlogged().items()})
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    temporary = path.with_name("." + path.name)
-    save_file(tensors, temporary, {"step": str(step), "vlm": fingerprint(model)})
-    os.replace(temporary, path)
+    write_checkpoint(run, tensors, step=str(step), vlm=fingerprint(model))
 
 
-def load_checkpoint(path, model, optimizers):
+def load_checkpoint(run, model, optimizers):
     """Restore what `save_checkpoint` wrote; returns the step.  Raises InputError on a damaged or foreign file."""
-    load_weights(model, path)
+    tensors, told = found = read_checkpoint(run)
+    load_weights(model, found, run)
     parameters = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():
-            if key.startswith("adam."):
-                _, kind, name = key.split(".", 2)
-                p = parameters[name]
-                device = "cpu" if kind == "step" else p.device                            # AdamW keeps its counter there
-                owner[p].state[p][kind] = file.get_tensor(key).to(device)
-        return int(file.metadata()["step"])
-
-
-def layers(names, everything):
-    """`names` in short: a layer of which every entry of `everything` is among them stands for all of these."""
-    prefixes = set()
-    for name in names:
-        parts = name.split(".")
-        for prefix in (".".join(parts[:k]) for k in range(1, len(parts) + 1)):
-            if all(other in names for other in everything if other == prefix or other.startswith(prefix + ".")):
-                prefixes.add(prefix)
-                break
-    return sorted(prefixes)
-
-
-def warm_start(model, run):
-    """Start from another run: copy every trained entry of its checkpoint that has a place of its shape in `model`.
-
-    CLIP's position embedding belongs to its CLIP, so it comes along only if the frozen weights are the same.  -> a line
-    that says what was taken, and which layers were not.  Raises InputError if there is no such run, or nothing fits.
-    """
-    if Path(run).is_file():
-        raise InputError(f"--init {run}: takes a run directory; a published SAN checkpoint becomes one with "
-                         f"python -m published.san_checkpoints {run} --out runs/san-published")
-    load_config(run)
-    state, metadata = read_checkpoint(Path(run) / "checkpoint.safetensors")
-    own, same = trained_state(model), metadata.get("vlm") == fingerprint(model)
-    fits = {name for name in own.keys() & state.keys()
-            if own[name].shape == state[name].shape and (same or not name.startswith("vlm."))}
-    if not fits:
-        raise InputError(f"--init {run}: nothing in its checkpoint fits this model; is it of another preset?")
-    with torch.no_grad():
-        for name in fits:
-            own[name].copy_(state[name])
-    said = {"without a place here": layers(state.keys() - own.keys(), state),
-            "not in it": layers(own.keys() - state.keys(), own),
-            "of another shape or another CLIP": layers(own.keys() & state.keys() - fits, own)}
-    return (f"started from {run}: {len(fits)} of its {len(state)} entries taken" +
-            "".join(f"; {what}: {', '.join(names)}" for what, names in said.items() if names))
+    for name, value in part(tensors, "adam.").items():
+        kind, name = name.split(".", 1)
+        p = parameters[name]
+        device = "cpu" if kind == "step" else p.device                                    # AdamW keeps its counter there
+        owner[p].state[p][kind] = value.to(device)
+    model.unlogged().update(part(tensors, "log."))
+    return int(told["step"])

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip import CLIPConfig, load_vlm
-from cli import InputError
+from cli import InputError, number
 from data import IGNORE
 from losses import BCE, CE, DICE, class_weight, segmentation, targets
 from segmenter import VLMS, Answer, Segmenter
@@ -35,12 +35,12 @@ from segmenter import VLMS, Answer, Segmenter
 class SideConfig:
     """The side ViT; defaults are the reference size."""
 
-    width: int = 240                   # S
-    depth: int = 8                     # blocks
-    heads: int = 6
-    patch: int = 16                    # pixels
-    grid: int = 40                     # g, the side grid the position embedding is learned on
-    queries: int = 100                 # Q
+    width: int = number(240, 1, 16384)          # S
+    depth: int = number(8, 1, 256)              # blocks
+    heads: int = number(6, 1, 256)
+    patch: int = number(16, 1, 256)             # pixels
+    grid: int = number(40, 1, 1024)             # g, the side grid the position embedding is learned on
+    queries: int = number(100, 1, 4096)         # Q
 
 
 @dataclass
@@ -49,8 +49,8 @@ class SANConfig:
 
     clip: CLIPConfig = field(default_factory=CLIPConfig)
     side: SideConfig = field(default_factory=SideConfig)
-    head_width: int = 256              # hidden and output width of the mask head's MLPs
-    points: int = 12544                # for matching and for the mask losses, an image
+    head_width: int = number(256, 1, 16384)     # hidden and output width of the mask head's MLPs
+    points: int = number(12544, 1, 10**6)       # for matching and for the mask losses, an image
 
 
 SMALL_SIDE = dict(width=96, depth=4, heads=6, patch=8, grid=8, queries=20)               # the world's: 8x8 patches of 8
@@ -61,13 +61,6 @@ def check_heads(heads, width, name="heads"):
     """Raises InputError unless `heads` divide `width`."""
     if heads < 1 or width % heads:
         raise InputError(f"{name} {heads} does not divide the width {width}")
-
-
-def check_positive(config, *names):
-    """Raises InputError unless all these numbers of a config are at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} {getattr(config, name)}: takes a positive number")
 
 
 class MLP(nn.Module):
@@ -221,9 +214,8 @@ class SAN(Segmenter):
     @classmethod
     def check(cls, c):
         check_heads(c.side.heads, c.side.width)
-        if len(c.clip.depths) not in (0, 4) or any(depth < 0 for depth in c.clip.depths):
-            raise InputError(f"depths {' '.join(map(str, c.clip.depths))}: takes 4 positive numbers")
-        check_positive(c, "points")
+        if len(c.clip.depths) not in (0, 4):
+            raise InputError(f"depths {' '.join(map(str, c.clip.depths))}: takes 4 numbers, or none")
 
     def __init__(self, config):
         super().__init__()

@@ -124,6 +124,10 @@ class Segmenter(nn.Module):
         """Further entries of a logged line, on every process: {name: number or dict}."""
         return {}
 
+    def unlogged(self):
+        """{name: tensor} that the next logged line will tell, alike on all processes: a checkpoint keeps it, resuming updates it."""
+        return {}
+
     def parts(self):
         """{title: [modules]} whose forward time studies/speed.py shows apart."""
         return {}

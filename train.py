@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -34,14 +35,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from cli import InputError, check_device, parse_flags, run_cli, write_files
+from cli import InputError, check_device, choice, number, parse_flags, run_cli, write_files
 from data import IGNORE, PADDING
-from runs import (MODELS, RENAMED, RunConfig, build, changed, closest, filled, flat, leaves, load_checkpoint, load_config,
-                  model_class, parse_value, preset, read_config, save_checkpoint, warm_start)
-from san import check_positive, trainable
+from runs import (CHECKPOINTS, MODELS, RENAMED, RunConfig, build, changed, closest, filled, flat, leaves, load_checkpoint,
+                  load_config, model_class, parse_value, preset, read_config, save_checkpoint)
+from san import trainable
 from segmenter import Batch, summed
 
 
@@ -49,22 +50,23 @@ from segmenter import Batch, summed
 class Recipe:
     """The loop's own numbers; defaults are the paper's where it states them."""
 
-    out: str = ""                      # run directory; "" = runs/PRESET-MODEL-SEED
-    init: str = ""                     # a run to start from, and whose CLIP to take unless --pretrained is given
-    steps: int = 120_000
-    batch: int = 12                    # images a step, over all processes and accumulation
-    accumulate: int = 1                # forward-backward passes a step
-    lr: float = 1e-4
-    warmup: int = 0                    # steps of linear warm-up before poly decay with power 0.9
-    weight_decay: float = 1e-4         # none on norms, positions, queries and codebooks
-    muon: bool = False                 # Muon for the matrices, AdamW for the rest; False: AdamW for all
-    grad_clip: float = 0.01            # global gradient norm
-    precision: str = "bf16"            # autocast on a GPU: bf16 or fp32; the CPU runs fp32
-    workers: int = 4                   # data-loading processes; one draws some 30 photos/s (studies.speed --loader)
-    log_every: int = 50                # steps
-    save_every: int = 1000
-    stop_at: int = 0                   # stop, with a checkpoint, after this many steps; --resume goes on
-    val_images: int = 300              # how many images are scored at the end
+    out: str = ""                               # run directory; "" = runs/PRESET-MODEL-SEED
+    init: str = ""                              # a run to start from, and whose CLIP to take unless --pretrained is given
+    steps: int = number(120_000, 1, 10**8)
+    batch: int = number(12, 1, 4096)            # images a step, over all processes and accumulation
+    accumulate: int = number(1, 1, 4096)        # forward-backward passes a step
+    lr: float = number(1e-4, 0, 10)
+    warmup: int = number(0, 0, 10**8)           # steps of linear warm-up before poly decay with power 0.9
+    weight_decay: float = number(1e-4, 0, 10)   # none on norms, positions, queries and codebooks
+    muon: bool = False                          # Muon for the matrices, AdamW for the rest; False: AdamW for all
+    grad_clip: float = number(0.01, 1e-9, 1e9)  # global gradient norm
+    precision: str = choice("bf16", "fp32")     # autocast on a GPU: bf16 or fp32; the CPU runs fp32
+    workers: int = number(4, 0, 128)            # data-loading processes; one draws some 30 photos/s (studies.speed --loader)
+    log_every: int = number(50, 1, 10**8)       # steps
+    save_every: int = number(1000, 1, 10**8)    # steps, and
+    save_minutes: float = number(0.0, 0, 1e5)   # minutes; 0: by steps alone
+    stop_at: int = number(0, 0, 10**8)          # stop, with a checkpoint, after this many steps; --resume goes on
+    val_images: int = number(300, 1, 10**7)     # how many images are scored at the end
 
 
 @dataclass
@@ -86,16 +88,21 @@ class Stream(Dataset):
     """The samples of this process in the order it needs them: step by step, micro-step by micro-step."""
 
     def __init__(self, dataset, config, start, rank, processes):
-        recipe, self.dataset, self.seed = config.recipe, dataset, config.run.seed
-        local = recipe.batch // (processes * recipe.accumulate)
-        self.numbers = [step * recipe.batch + (a * processes + rank) * local + j for step in range(start, recipe.steps)
-                        for a in range(recipe.accumulate) for j in range(local)]
+        self.dataset, self.config, self.start, self.rank, self.processes = dataset, config, start, rank, processes
+        self.local = config.recipe.batch // (processes * config.recipe.accumulate)
 
     def __len__(self):
-        return len(self.numbers)
+        return (self.config.recipe.steps - self.start) * self.config.recipe.accumulate * self.local
+
+    def number(self, i):
+        """Of sample i of this process, in the stream of all."""
+        parts, j = divmod(i, self.local)
+        step, a = divmod(parts, self.config.recipe.accumulate)
+        return (self.start + step) * self.config.recipe.batch + (a * self.processes + self.rank) * self.local + j
 
     def __getitem__(self, i):
-        return (*self.dataset.draw(self.seed, self.numbers[i]), self.numbers[i])
+        n = self.number(i)
+        return (*self.dataset.draw(self.config.run.seed, n), n)
 
 
 def gradients(model, text, micro_batches, config, processes=1):
@@ -124,7 +131,7 @@ def gradients(model, text, micro_batches, config, processes=1):
         terms = bare.terms(out, batch)
         for name, (_, term) in terms.items():
             if not torch.isfinite(term):
-                raise FloatingPointError(f"loss term {name} is {term.item()}")
+                raise FloatingPointError(f"loss term {name} is {term.item()}, of images {numbers.tolist()}")
             logged[name] = logged.get(name, 0.0) + term.detach().double() / n
         loss = sum(weight * term for weight, term in terms.values()) / n
         loss.backward()
@@ -165,13 +172,25 @@ def forget(optimizers, new):
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
+CHANGEABLE = ("steps", "accumulate", "lr", "warmup", "weight_decay", "grad_clip", "precision", "workers", "log_every", "save_every",
+              "save_minutes", "stop_at", "val_data", "val_images")        # what a run may go on with otherwise
+
+
+def load_training(run):
+    """The Training of a run directory."""
+    return Training(load_config(run), filled(Recipe(), read_config(run)))
+
+
+def place_of(config):
+    return Path(config.recipe.out or f"runs/{config.run.preset}-{config.run.model}-{config.run.seed}")
+
+
 def run_directory(config, resume):
     """The run directory, made ready; raises InputError rather than overwrite a run."""
-    c = config.run
-    run = Path(config.recipe.out or f"runs/{c.preset}-{c.model}-{c.seed}")
-    if not resume and (run / "checkpoint.safetensors").exists():
+    run = place_of(config)
+    if not resume and (run / CHECKPOINTS[0]).exists():
         raise InputError(f"{run}: holds a run already; go on with --resume {run}, or choose another --out")
-    if resume and not (run / "checkpoint.safetensors").exists():
+    if resume and not (run / CHECKPOINTS[0]).exists():
         raise InputError(f"{run}: stopped before its first checkpoint; train it again without --resume")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -181,8 +200,14 @@ def run_directory(config, resume):
 
 
 def open_log(run, config, names, start):
-    """Write config.json and names.txt, open log.jsonl; on resuming, lines from after the checkpoint are dropped."""
-    write_files({run / "config.json": json.dumps(flat(config), indent=1) + "\n",
+    """Write config.json and names.txt, open log.jsonl; on resuming, lines from after the checkpoint are dropped.
+
+    What the run goes on with otherwise is added to config.json's "changes", with the step.
+    """
+    now, before = flat(config), read_config(run) if start else {}
+    new = {name: now[name] for name in CHANGEABLE if start and name in before and now[name] != before[name] and name != "stop_at"}
+    changes = before.get("changes", []) + ([{"step": start, **new}] if new else [])
+    write_files({run / "config.json": json.dumps(now | ({"changes": changes} if changes else {}), indent=1) + "\n",
                  run / "names.txt": "".join(name + "\n" for name in names)})
     path = run / "log.jsonl"
     kept = path.read_text().splitlines() if start and path.exists() else []
@@ -191,42 +216,52 @@ def open_log(run, config, names, start):
     return open(path, "a")
 
 
+def diverged(run, step, what):
+    """One line for numbers that are no longer finite."""
+    return (f"step {step}: {what}; the checkpoint in {run} stays as it was: go on from it with a smaller rate, "
+            f"--resume {run} --set lr=..., or look at these images")
+
+
 def check_recipe(config, processes):
     """Raises InputError, naming the number, for a recipe that cannot run."""
     recipe = config.recipe
-    check_positive(recipe, "steps", "batch", "accumulate", "log_every", "save_every", "val_images")
-    if not 0 <= config.run.seed < 2**32:
-        raise InputError(f"seed {config.run.seed}: takes a number from 0 to 2^32 - 1")
-    if recipe.precision not in ("bf16", "fp32"):
-        raise InputError(f"precision {recipe.precision}: there are bf16 and fp32")
     parts = processes * recipe.accumulate
     if recipe.batch % parts:
         raise InputError(f"--batch {recipe.batch} cannot be split over {processes} processes x {recipe.accumulate} "
                          f"accumulation steps; the nearest that can is {max(1, round(recipe.batch / parts)) * parts}")
 
 
-def train(config, resume=False, device="cpu"):
-    """Train as `config` (a Training) says, then score and draw.  Returns the run directory."""
+def train(config, resume=False, device="cpu", asked=lambda: 0):
+    """Train as `config` (a Training) says, then score and draw.  Returns the run directory.
+
+    asked() -> 0, or the number of the signal that asks to stop: then it saves after the step, and raises Stopped.
+    """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     main, recipe = rank == 0, config.recipe
     check_recipe(config, processes)
 
     # ---- data, model, optimiser ----
-    from published.images_of import training_set              # here, where files are opened: reading them is not ours
+    from guards.locking import locked                         # here: what a run of days needs, and files, are not the loop's
+    from guards.starting import rehearse, warm_start
+    from guards.stopping import Stopped
+    from published.images_of import training_set
     dataset = model_class(config.run.model).dataset(config.run) or training_set(config.run)
     dataset.draw(config.run.seed, 0)                          # a dataset that cannot be read at all speaks up here
     torch.manual_seed(config.run.seed)
     model = build(config.run).to(device).train()
     notes = model.notes(device)
     began = warm_start(model, recipe.init) if recipe.init and not resume else ""
-    run = run_directory(config, resume)                       # from here on there is something on disk
-    optimizers = model.optimizers(parameter_groups(model, recipe), recipe)
-    start = load_checkpoint(run / "checkpoint.safetensors", model, optimizers) if resume else 0
-    stop = min(recipe.steps, recipe.stop_at or recipe.steps)
+    optimizers, local = model.optimizers(parameter_groups(model, recipe), recipe), recipe.batch // (processes * recipe.accumulate)
     text = model.vlm.embed_text(dataset.train_names)
+    drawn = [Stream(dataset, config, 0, 0, 1)[j] for j in range(local)]
+    rehearse(model, config, lambda: gradients(model, text, [default_collate(drawn)], config))
+    run = run_directory(config, resume)                       # from here on there is something on disk
+    lock = locked(run) if main else None                      # held until it is closed, or the process ends
+    start = load_checkpoint(run, model, optimizers) if resume else 0
+    stop, saved = min(recipe.steps, recipe.stop_at or recipe.steps), time.monotonic()
     wrapped = DistributedDataParallel(model) if processes > 1 else model
-    samples = iter(DataLoader(Stream(dataset, config, start, rank, processes), recipe.batch // (processes * recipe.accumulate),
-                              num_workers=recipe.workers, pin_memory=device.startswith("cuda")))
+    samples = iter(DataLoader(Stream(dataset, config, start, rank, processes), local, num_workers=recipe.workers,
+                              pin_memory=device.startswith("cuda")))
     log = open_log(run, config, dataset.train_names, start) if main else None
     if main:
         said = [f"{type(model).__name__} {config.run.preset}: {trainable(model):,} trainable parameters, {recipe.batch} "
@@ -245,14 +280,18 @@ def train(config, resume=False, device="cpu"):
         try:
             terms, remembered = gradients(wrapped, text, micro_batches, config, processes)
         except FloatingPointError as error:
-            raise InputError(f"step {step}: {error}; a checkpoint in {run} stays whole, try a smaller --lr") from error
+            raise InputError(diverged(run, step, error)) from error
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        if not norm.isfinite():
+            numbers = torch.cat([numbers for *_, numbers in micro_batches]).tolist()
+            error = FloatingPointError(f"the gradient's norm is {norm.item()}, of images {numbers}")
+            raise InputError(diverged(run, step, error)) from error
         for optimizer in optimizers:
             optimizer.step()
         forget(optimizers, model.after_step(remembered, step, config) or {})
         # ---- end of the step ----
 
-        if (step + 1) % recipe.log_every == 0 or step + 1 == stop:
+        if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps:    # where it is only stopped, the next line waits
             line = {"step": step, "lr": learning_rate(recipe, step), "grad_norm": norm.item()}
             line.update({name: summed(value).item() / processes for name, value in terms.items()})
             line["ms_per_step"] = 1000 * (time.perf_counter() - since) / (step + 1 - before)
@@ -262,10 +301,19 @@ def train(config, resume=False, device="cpu"):
             if main:
                 print(json.dumps(line), file=log, flush=True)
                 bar.set_postfix({name: f"{line[name]:.3f}" for name in model.watch})
-        if main and ((step + 1) % recipe.save_every == 0 or step + 1 == stop):
-            save_checkpoint(run / "checkpoint.safetensors", model, optimizers, step + 1)
+        stopped = summed(torch.tensor(int(asked() > 0))).item()                           # alike on all processes
+        due = recipe.save_minutes and time.monotonic() - saved > 60 * recipe.save_minutes
+        if main and ((step + 1) % recipe.save_every == 0 or step + 1 == stop or due or stopped):
+            save_checkpoint(run, model, optimizers, step + 1)
+            saved = time.monotonic()
+        if stopped and step + 1 < stop:
+            bar.close()
+            if main:
+                print(f"asked to stop: {step + 1} of {recipe.steps} steps are saved; go on with: python train.py --resume {run}")
+            raise Stopped(asked() or signal.SIGTERM)
     if main:
         log.close()
+        lock.close()
     if main and stop < recipe.steps:
         print(f"stopped after {stop} of {recipe.steps} steps; go on with: python train.py --resume {run}")
     elif main:
@@ -284,8 +332,9 @@ FLAGS = {                                  # title -> {number of a config: what 
     "on what": {"data": "DIR with COCO-Stuff's archives, or a folder of yours", "val_data": "the same, to score on",
                 "val_images": "how many images are scored"},
     "how": {"steps": "", "batch": "images a step, over all processes", "accumulate": "passes a step", "lr": "",
-            "seed": "of weights and draws", "precision": "on a GPU: bf16 or fp32", "workers": "data-loading processes"},
-    "where": {"out": "run directory", "init": "a run to start from", "resume": "a run to go on with, as it was started",
+            "seed": "of weights and draws", "precision": "on a GPU: bf16 or fp32", "workers": "data-loading processes",
+            "save_every": "steps", "save_minutes": "the same, by the clock"},
+    "where": {"out": "run directory", "init": "a run to start from", "resume": "a run to go on with; auto: the --out of this command, if it holds one (torchrun's default)",
               "stop_at": "stop after so many steps"}}
 
 
@@ -343,14 +392,14 @@ def parse(argv=None):
     args = {name: text for name, text in vars(parse_flags(parser, argv)).items() if text}
     device, pairs, resume = args.pop("device"), args.pop("set", []), args.pop("resume", "")
     check_device(device)
-    if resume:
-        extra = sorted({*args, *["set"] * bool(pairs)} - {"stop_at"})
+    if resume and resume != "auto":
+        config = load_training(resume)
+        numbers = settings(config, ["stop_at=0", *(f"{name}={text}" for name, text in args.items() if name != "ablate"), *pairs])
+        extra = sorted({*numbers, *args.keys() & {"ablate"}} - {*CHANGEABLE})
         if extra:
-            raise InputError(f"--resume takes its settings from {resume}/config.json; leave out --"
-                             + extra[0].replace("_", "-"))
-        config = Training(load_config(resume), filled(Recipe(), read_config(resume)))
-        stop = settings(config, [f"stop_at={args.get('stop_at', 0)}"])
-        return changed(config, out=str(resume), **stop), True, device
+            raise InputError(f"--resume takes its settings from {resume}/config.json; leave out {extra[0].replace('_', '-')}: "
+                             f"only {', '.join(CHANGEABLE)} may be others")
+        return changed(config, **{**numbers, "out": str(resume)}), True, device
     model, name, row = args.pop("model", "pat"), args.pop("preset", "world"), args.pop("ablate", "")
     config = recipe(name, model)
     numbers = settings(config, [*(f"{name}={text}" for name, text in args.items()), *pairs])
@@ -365,18 +414,27 @@ def parse(argv=None):
         began = load_config(config.recipe.init).net.clip
         if config.run.net.clip.vlm in (began.vlm, re.sub("-(quick)?gelu$", "", began.vlm)):
             config = changed(config, vlm=began.vlm, pretrained=began.pretrained)
-    return config, False, device
+    run = place_of(config)
+    goes_on = (resume or "TORCHELASTIC_RUN_ID" in os.environ) and (run / CHECKPOINTS[0]).exists() and not (run / "scores.json").exists()
+    if goes_on:                                               # the same command again is the same run: torchrun restarts like that
+        from guards.starting import same_run
+        same_run(run, load_training(run), config, CHANGEABLE)
+    return config, bool(goes_on), device
 
 
 def main():
     config, resume, device = parse()
     if "RANK" in os.environ:                                  # started by torchrun
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        store, rank, processes = next(dist.rendezvous("env://"))      # torchrun keeps one store over all its restarts, and
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)    # dead processes' addresses in it
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=processes)
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
+    from guards.stopping import stopping
     try:
-        train(config, resume, device)
+        with stopping() as asked:
+            train(config, resume, device, asked)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

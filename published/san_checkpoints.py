@@ -119,7 +119,7 @@ def import_published(path, out, config=None, vlm=""):
     try:
         temporary.mkdir(parents=True)
         save_file(model.vlm.model.state_dict(), temporary / "clip.safetensors")
-        save_checkpoint(temporary / "checkpoint.safetensors", model, [], step=0)
+        save_checkpoint(temporary, model, [], step=0)
         config = json.dumps(flat(changed(config, pretrained="clip.safetensors")), indent=1)
         (temporary / "config.json").write_text(config + "\n")
         load_run(temporary)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cli import number
 from clip import CLIPConfig, load_vlm
 from data import IGNORE
 from san import SAN, Fusion
@@ -28,8 +29,8 @@ class DenseConfig:
     """Every number of the model; defaults are for ViT-B/16 at 640 pixels."""
 
     clip: CLIPConfig = field(default_factory=CLIPConfig)
-    dense_width: int = 256             # S
-    fine: int = 8                      # pixels a cell of the grid on which names are told apart
+    dense_width: int = number(256, 1, 16384)    # S
+    fine: int = number(8, 1, 256)               # pixels a cell of the grid on which names are told apart
 
 
 class Dense(Segmenter):

@@ -37,10 +37,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import InputError
+from cli import InputError, choice, number
 from clip import CLIPConfig, load_vlm
 from hsattn import Attn, g
-from san import check_heads, check_positive, tokens
+from san import check_heads, tokens
 from segmenter import VLMS, Answer, Segmenter, identity
 from siblings.aggregation import Aggregation, Up, conv, each
 from siblings.tuned import Tuned
@@ -54,30 +54,30 @@ class FGASegConfig:
 
     clip: CLIPConfig = field(default_factory=lambda: CLIPConfig(clip_scale=1.0, depths=(0, 4, 8, 11), short_side=384,
                                                                 long_side=1536))
-    clip_lr: float = 0.01              # factor of the learning rate of CLIP's q and v; 0: CLIP stays as it is
-    p2t: bool = True                   # names look at the image
-    p2t_layers: int = 1
-    p2t_heads: int = 8
-    lcs: str = "softmax"               # over the taps of a kernel; linear: none; none: no LCS, nor what follows from it
-    lcs_kernel: int = 3                # k
-    fusion: str = "cat"                # of the two paths: cat and a linear, or add
-    t2p: bool = True                   # the loss of the names alone, and its projector
-    hidden: int = 128                  # K
-    guide: int = 128                   # G: appearance for the spatial blocks, names for those over names
-    agg_layers: int = 2                # of aggregation
-    agg_heads: int = 4
-    window: int = 12                   # places a side; every second block is shifted by half
-    pool: int = 2                      # blocks over names see a map so many times coarser, in training
-    pad: int = 256                     # blocks over names see at least so many, the rest one learned token; 0: none
-    most_names: int = 256              # the others, by their best S^g, get no map
-    guidance: tuple = (256, 128)       # width of CLIP's two maps, on grids twice and four times as fine
-    guidance_proj: tuple = (32, 16)    # of which the decoder sees so many numbers
-    decoder_widths: tuple = (64, 32)   # twice and four times as fine
-    fast: bool = True                  # auxiliary heads
-    topk: int = 0                      # at test: a name that is nowhere among the k best is given up; 0: none is
-    prior: int = 0                     # logits start where one of so many names is present; 0: anywhere
-    w_aux: float = 0.2
-    w_t2p: float = 0.02
+    clip_lr: float = number(0.01, 0, 10)        # factor of the learning rate of CLIP's q and v; 0: CLIP stays as it is
+    p2t: bool = True                            # names look at the image
+    p2t_layers: int = number(1, 1, 64)
+    p2t_heads: int = number(8, 1, 256)
+    lcs: str = choice("softmax", "linear", "none")  # over the taps of a kernel; linear: none; none: no LCS
+    lcs_kernel: int = number(3, 1, 31)          # k
+    fusion: str = choice("cat", "add")          # of the two paths: cat and a linear, or add
+    t2p: bool = True                            # the loss of the names alone, and its projector
+    hidden: int = number(128, 2, 16384)         # K
+    guide: int = number(128, 1, 16384)          # G: appearance for the spatial blocks, names for those over names
+    agg_layers: int = number(2, 1, 64)          # of aggregation
+    agg_heads: int = number(4, 1, 256)
+    window: int = number(12, 1, 256)            # places a side; every second block is shifted by half
+    pool: int = number(2, 1, 64)                # blocks over names see a map so many times coarser, in training
+    pad: int = number(256, 0, 65536)            # blocks over names see at least so many, the rest one learned token; 0: none
+    most_names: int = number(256, 1, 65536)     # the others, by their best S^g, get no map
+    guidance: tuple = number((256, 128), 1, 16384, 2)  # width of CLIP's two maps, on grids twice and four times as fine
+    guidance_proj: tuple = number((32, 16), 1, 16384, 2)  # of which the decoder sees so many numbers
+    decoder_widths: tuple = number((64, 32), 1, 16384, 2)  # twice and four times as fine
+    fast: bool = True                           # auxiliary heads
+    topk: int = number(0, 0, 65536)             # at test: a name that is nowhere among the k best is given up; 0: none is
+    prior: int = number(0, 0, 65536)            # logits start where one of so many names is present; 0: anywhere
+    w_aux: float = number(0.2, 0, 1e6)
+    w_t2p: float = number(0.02, 0, 1e6)
 
 
 # --- functions ------------------------------------------------------------------------------------------------------
@@ -221,16 +221,7 @@ class FGASeg(Segmenter):
     def check(cls, c):
         if c.clip.vlm.upper().startswith("EVA"):
             raise InputError(f"vlm {c.clip.vlm}: FGAseg reads the last block of OpenAI's family; take ViT-B-16")
-        check_positive(c, "p2t_layers", "p2t_heads", "lcs_kernel", "hidden", "guide", "agg_layers", "window", "pool",
-                       "most_names")
         check_heads(c.agg_heads, c.hidden, "agg_heads")
-        for name, values in dict(lcs=("softmax", "linear", "none"), fusion=("cat", "add")).items():
-            if getattr(c, name) not in values:
-                raise InputError(f"{name} {getattr(c, name)}: there are {', '.join(values)}")
-        for name in ("guidance", "guidance_proj", "decoder_widths"):
-            if len(getattr(c, name)) != 2 or min(getattr(c, name)) < 1:
-                given = ",".join(map(str, getattr(c, name)))
-                raise InputError(f"{name} {given}: takes two positive numbers, such as 32,16")
         if c.hidden % 2 or not c.lcs_kernel % 2:
             raise InputError(f"hidden {c.hidden}: takes an even number" if c.hidden % 2 else
                              f"lcs_kernel {c.lcs_kernel}: takes an odd number")
@@ -240,14 +231,11 @@ class FGASeg(Segmenter):
                 raise InputError(f"{name} {width}: takes more than the {guide} of guidance_proj that stand beside it")
         if c.fusion == "add" and c.lcs != "none" and c.decoder_widths[0] != c.hidden // 2:
             raise InputError(f"fusion add: takes decoder_widths that begin with {c.hidden // 2}, half of hidden")
-        if len(c.clip.depths) not in (0, 4) or any(depth < 0 for depth in c.clip.depths):
-            raise InputError(f"depths {' '.join(map(str, c.clip.depths))}: takes 4 positive numbers")
-        for name in ("topk", "pad", "clip_lr"):
-            if getattr(c, name) < 0:
-                raise InputError(f"{name} {getattr(c, name)}: takes no negative number")
+        if len(c.clip.depths) not in (0, 4):
+            raise InputError(f"depths {' '.join(map(str, c.clip.depths))}: takes 4 numbers, or none")
         if c.topk and not c.fast:
             raise InputError(f"topk {c.topk}: takes fast=true, whose heads say which names go on")
-        if c.prior == 1 or c.prior < 0:
+        if c.prior == 1:
             raise InputError(f"prior {c.prior}: takes 2 or more names, or 0")
 
     def __init__(self, c):

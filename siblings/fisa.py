@@ -39,11 +39,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip import CLIPConfig, OpenAIViT, load_vlm, wrap
-from cli import InputError, tensors_checksum
+from cli import InputError, choice, number, tensors_checksum
 from losses import CE, NO_OBJECT, generator, match, pairwise_costs, targets
-from runs import (RunConfig, build, changed, filled, fingerprint, flat, load_config, load_weights, model_class, read_checkpoint,
-                  read_config, trained_state)
-from san import SAN, check_heads, check_positive
+from runs import (CHECKPOINTS, RunConfig, build, changed, filled, fingerprint, flat, load_config, load_weights, model_class, part,
+                  read_checkpoint, read_config, trained_state)
+from san import SAN, check_heads
 from segmenter import VLMS, Segmenter
 
 NEAR = 0.4                             # dice cost below which a mask shows a true region
@@ -57,13 +57,13 @@ class FISAConfig:
     """Every number and every switch of the model; defaults are for ViT-B/16."""
 
     clip: CLIPConfig = field(default_factory=CLIPConfig)
-    generator: str = ""                # the finished run, SAN's or PAT's, whose masks are named
-    generator_is: str = ""             # what that run was, as JSON: written when it is opened, never by hand
-    seve: bool = True                  # False: CLIP does not know what it is asked for
-    seve_blocks: int = 4               # the first of CLIP's blocks: a third
-    seve_heads: int = 4
-    simo: str = "image-mask"           # whose queries are trained; "image", "mask", "none"
-    assign: str = "dice"               # many masks to one name; "hungarian": one to one
+    generator: str = ""                         # the finished run, SAN's or PAT's, whose masks are named
+    generator_is: str = ""                      # what that run was, as JSON: written when it is opened, never by hand
+    seve: bool = True                           # False: CLIP does not know what it is asked for
+    seve_blocks: int = number(4, 1, 256)        # the first of CLIP's blocks: a third
+    seve_heads: int = number(4, 1, 256)
+    simo: str = choice(*SIMO)                   # whose queries are trained
+    assign: str = choice(*ASSIGN)               # many masks to one name; hungarian: one to one
 
 
 # --- the generator ---------------------------------------------------------------------------------------------------
@@ -74,20 +74,19 @@ def opened(run):
 
     Raises InputError for what is no finished run of a model whose masks CLIP names by their attention: SAN, and PAT.
     """
-    path = Path(run) / "checkpoint.safetensors"
-    if not run or not path.is_file():
+    if not run or not (Path(run) / CHECKPOINTS[0]).is_file():
         raise InputError(f"generator {run or '(none)'}: no finished run there; `python train.py` makes runs/world-pat-0, "
                          "`python train.py --model san` makes runs/world-san-0: give one by --set generator=RUN")
     theirs = load_config(run)
     kind = model_class(theirs.model)
     if not issubclass(kind, SAN):
         raise InputError(f"generator {run}: is a run of {kind.__name__}; FISA takes the masks of SAN or of PAT")
-    state, metadata = read_checkpoint(path)
+    tensors, metadata = read_checkpoint(run)
     step, steps = int(metadata.get("step", 0)), read_config(run).get("steps", 0)
     if step < steps:
         raise InputError(f"generator {run}: stopped after {step} of {steps} steps; finish it with "
                          f"`python train.py --resume {run}`")
-    return {**flat(theirs), "run": str(run), "weights": tensors_checksum(state)[:8], "over": metadata.get("vlm")}
+    return {**flat(theirs), "run": str(run), "weights": tensors_checksum(part(tensors, "model."))[:8], "over": metadata.get("vlm")}
 
 
 def told(config):
@@ -198,10 +197,6 @@ class FISA(Segmenter):
 
     @classmethod
     def check(cls, c):
-        for name, allowed in dict(simo=SIMO, assign=ASSIGN).items():
-            if getattr(c, name) not in allowed:
-                raise InputError(f"{name} {getattr(c, name)}: there are {', '.join(allowed)}")
-        check_positive(c, "seve_blocks", "seve_heads")
         told(c)
 
     def __init__(self, config):
@@ -247,7 +242,7 @@ class FISA(Segmenter):
             raise InputError(f"generator {what['run']}: sees through another CLIP than {self.config.clip.vlm}, "
                              f"{self.config.clip.pretrained!r}; give --vlm {what['vlm']} --pretrained {what['pretrained']}")
         generator = network_of(what, self.vlm)
-        load_weights(generator, Path(what["run"]) / "checkpoint.safetensors")
+        load_weights(generator, read_checkpoint(what["run"]), what["run"])
         return what, frozen(generator)
 
     def train(self, mode=True):

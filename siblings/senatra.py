@@ -32,22 +32,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.layers import apply_rot_embed_cat, build_rotary_pos_embed
 from torch import nn
 
-from cli import InputError, check_device, parse_flags, run_cli, write_files
+from cli import InputError, check_device, choice, number, parse_flags, run_cli, write_files
 from clip import CLIPConfig, load_vlm
 from data import IGNORE, rng_for, to_tensor
-from san import MLP, FeedForward, SelfAttn, check_heads, check_positive, trainable
+from san import MLP, FeedForward, SelfAttn, check_heads, trainable
 from segmenter import VLMS, Answer, Segmenter, identity
 from siblings.grouping import Grouping, Uniform, compose, shares
 from siblings.windows import from_windows, to_windows
 from world.scenes import NOUNS, OBJECTS, RADIUS, SEEN, TEXTURES, WORLD_NAMES, World, scene
 
 CAPTION = 79                           # the word in a key of Captions: see data.py's, and 77, 78 of world/pretrain.py
-CHOICES = dict(supervision=("names", "masks"), captions=("all", "seen"), group_init=("conv", "embedding"),
-               group_update=("skip", "gru"))
 TERMS = dict(names=("names", "textures", "nouns"), masks=("pixels",))                     # of each supervision
 WATCHED = dict(groups="groups", **{f"sharp {k}": f"sharp_{k}" for k in (2, 3, 4)})        # logged, weight 0
 SIZES = dict(                          # the paper's three, its depths from unofficial tables, and the world's
@@ -63,24 +60,24 @@ HOUR = 6                               # how often ten minutes are in what `--pr
 class SeNaTraConfig:
     """Every number of the model; defaults are T at 640 pixels."""
 
-    clip: CLIPConfig = field(default_factory=CLIPConfig)               # of which only the text tower is used
-    widths: tuple = (64, 128, 256, 512)    # of the four stages
-    blocks: tuple = (3, 4, 18, 5)          # in each stage
-    head_dim: int = 32                     # of attention, a multiple of 4: rows and columns, sines and cosines
-    mlp_ratio: int = 3                     # of the blocks; B and L: 2
-    patch: int = 4                         # pixels
-    window: int = 8                        # cells a side; the last stage is global
-    rounds: int = 3                        # of a grouping layer (paper)
-    uniform: tuple = ()                    # which groupings, of 2, 3 and 4, are bilinear instead (Table 3a)
-    dense_last: bool = True                # the last grouping sees all groups, else 3x3 as the others
-    rel_bias: bool = True                  # B_rel
-    group_init: str = "conv"               # or embedding: learned seeds, which do not look at the image
-    group_update: str = "skip"             # or gru: Slot Attention's
-    supervision: str = "masks"             # or names: of whole images, no mask is ever seen
-    captions: str = "all"                  # names that supervision=names reads of, or seen: those that have masks
-    switch: int = 0                        # its first sample of 64x64, those before are 32x32; a multiple of the batch
-    native_hidden: int = 512               # of the head of supervision=masks
-    soft: bool = False                     # supervision=names: a group votes for all names by softmax, not for its best
+    clip: CLIPConfig = field(default_factory=CLIPConfig)  # of which only the text tower is used
+    widths: tuple = number((64, 128, 256, 512), 1, 16384, 4)  # of the four stages
+    blocks: tuple = number((3, 4, 18, 5), 1, 256, 4)  # in each stage
+    head_dim: int = number(32, 4, 1024)         # of attention, a multiple of 4: rows and columns, sines and cosines
+    mlp_ratio: int = number(3, 1, 64)           # of the blocks; B and L: 2
+    patch: int = number(4, 1, 256)              # pixels
+    window: int = number(8, 1, 256)             # cells a side; the last stage is global
+    rounds: int = number(3, 1, 64)              # of a grouping layer (paper)
+    uniform: tuple = number((), 2, 4)           # which groupings, of 2, 3 and 4, are bilinear instead (Table 3a)
+    dense_last: bool = True                     # the last grouping sees all groups, else 3x3 as the others
+    rel_bias: bool = True                       # B_rel
+    group_init: str = choice("conv", "embedding")  # embedding: learned seeds, which do not look at the image
+    group_update: str = choice("skip", "gru")   # gru: Slot Attention's
+    supervision: str = choice("masks", "names")  # names: of whole images, no mask is ever seen
+    captions: str = choice("all", "seen")       # names that supervision=names reads of; seen: those with masks
+    switch: int = number(0, 0, 10**9)           # its first sample of 64x64, those before are 32x32; a multiple of the batch
+    native_hidden: int = number(512, 1, 16384)  # of the head of supervision=masks
+    soft: bool = False                          # supervision=names: a group votes for all names by softmax, not for its best
 
 
 # --- image-level names ----------------------------------------------------------------------------------------------
@@ -178,21 +175,10 @@ class SeNaTra(Segmenter):
 
     @classmethod
     def check(cls, c):
-        for name, choices in CHOICES.items():
-            if getattr(c, name) not in choices:
-                raise InputError(f"{name} {getattr(c, name)}: there are {' and '.join(choices)}")
-        if not set(c.uniform) <= {2, 3, 4}:
-            raise InputError(f"uniform {' '.join(map(str, c.uniform))}: groupings are called 2, 3 and 4")
-        for name in ("widths", "blocks"):
-            if len(getattr(c, name)) != 4 or min(getattr(c, name)) < 1:
-                raise InputError(f"{name} {' '.join(map(str, getattr(c, name)))}: takes 4 positive numbers")
-        check_positive(c, "head_dim", "mlp_ratio", "patch", "window", "rounds", "native_hidden")
         if c.head_dim % 4:
             raise InputError(f"head_dim {c.head_dim}: takes a multiple of 4")
         for width in c.widths:
             check_heads(c.head_dim, width, "head_dim")
-        if c.switch < 0:
-            raise InputError(f"switch {c.switch}: takes a number of samples, 0 or more")
 
     def __init__(self, config):
         super().__init__()
@@ -299,11 +285,11 @@ class SeNaTra(Segmenter):
 # --- the command ----------------------------------------------------------------------------------------------------
 def small_run(run, place):
     """A run directory as small as can be: the weights in fp16, 3.2 MB in the world; no moments, no log."""
-    from runs import read_checkpoint
-    state, metadata = read_checkpoint(run / "checkpoint.safetensors")
+    from runs import read_checkpoint, write_checkpoint
+    tensors, told = read_checkpoint(run)
     write_files({place / name: (run / name).read_text() for name in ("config.json", "names.txt")})
-    half = {f"model.{name}": value.half() for name, value in state.items()}
-    save_file(half, place / "checkpoint.safetensors", metadata)
+    half = {name: value.half() for name, value in tensors.items() if name.startswith("model.")}
+    write_checkpoint(place, half, step=told["step"], vlm=told["vlm"])
 
 
 def pretrain(place, seed, device):

@@ -41,8 +41,9 @@ from scipy.stats import spearmanr
 
 from cli import InputError, parse_flags, run_cli, write_files
 from eval import METRICS, mean
-from runs import changed, closest, filled, flat, load_config, model_class, read_config
-from train import Recipe, Training, parse, parser_of, recipe, train
+from guards.starting import same_run
+from runs import CHECKPOINTS, changed, closest, filled, flat, model_class
+from train import load_training, parse, parser_of, recipe, train
 
 STEPS = 500                                                   # a run in the world, unless --steps says otherwise
 
@@ -158,14 +159,10 @@ def run_config(base, row, seed):
 def check_run(config):
     """Raises InputError if the run directory holds a run of other settings; what has no checkpoint yet is no run."""
     run = Path(config.recipe.out)
-    if not any((run / name).exists() for name in ("checkpoint.safetensors", "scores.json", "failed.txt")):
+    kept = any((run / name).exists() for name in (CHECKPOINTS[0], "scores.json", "failed.txt"))
+    if not kept or not (run / "config.json").exists():        # a run that failed before its first step has no settings
         return
-    there, asked = flat(Training(load_config(run), filled(Recipe(), read_config(run)))), flat(config)
-    names = asked.keys() - {"out", "stop_at"}                 # a moved run is the same run, and so is one stopped early
-    for name in sorted(names, key=lambda name: (name != "model", name)):                      # a model has its own names
-        if there[name] != asked[name]:
-            raise InputError(f"{run}: was trained with {name} {there[name]!r}, not {asked[name]!r}; ask for that, or "
-                             "choose another --out")
+    same_run(run, load_training(run), config)
 
 
 def result(run, measures=MEASURES):
@@ -223,6 +220,7 @@ def ablate(base, seeds, train, device="cpu", only=()):
         except InputError as error:
             if not isinstance(error.__cause__, FloatingPointError):                           # the user's to mend
                 raise
+            run.mkdir(parents=True, exist_ok=True)            # it may have failed before there was anything to write
             write_files({run / "failed.txt": f"{error}\n"})
             print(f"failed: {error}", flush=True)
         trained += 1

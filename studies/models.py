@@ -24,7 +24,7 @@ from statistics import median
 from cli import InputError, run_cli, write_files
 from eval import METRICS
 from published.images_of import scored_on
-from runs import MODELS, changed, closest, filled, flat, load_config, load_run, read_config
+from runs import MODELS, changed, closest, filled, flat, load_run, read_config
 from studies.ablations import check_run, own_device, result, short
 from studies.oracle import oracle
 from studies.seeds import tabulate

@@ -260,7 +260,7 @@ def save_run(path, model, config, step=0):
     from runs import flat, save_checkpoint
 
     path.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path / "checkpoint.safetensors", model, [torch.optim.AdamW(model.parameters())], step)
+    save_checkpoint(path, model, [torch.optim.AdamW(model.parameters())], step)
     (path / "config.json").write_text(json.dumps(flat(config)))
     return path
 

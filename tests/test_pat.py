@@ -463,8 +463,8 @@ def test_any_multiple_of_the_patch_works_and_batch_does_not_matter():
     (dict(scales=(4, 3, 1)), "factor of 3: scales must be powers of two"),
     (dict(scales=(1, 2, 4)), "^scales 1 2 4: each is the one before it, or half of it"),
     (dict(scales=(4, 1, 1)), "^scales 4 1 1: each is the one before it, or half of it"),
-    (dict(scales=(4, 2, 0)), "^scales 4 2 0: takes 3 positive"),
-    (dict(codes=(8, 8, 8, 0)), "^codes 8 8 8 0: takes 4 positive"),
+    (dict(scales=(4, 2, 0)), "^scales 4 2 0: takes 3 whole"),
+    (dict(codes=(8, 8, 8, 0)), "^codes 8 8 8 0: takes 4 whole"),
     (dict(scales=(4, 2)), "^scales 4 2: takes 3"), (dict(scales=(16, 8, 4)), "the stem is a factor"),
     (dict(scales=(16, 16, 16), residual=False), "the pixel head"), (dict(codes=(8, 8, 8)), "^codes 8 8 8: takes 4"),
     (dict(depths=(0, 2, 4)), "^depths 0 2 4: takes 4"), (dict(depth=2), "^depth 2: each of early, mid, late"),
@@ -474,7 +474,7 @@ def test_any_multiple_of_the_patch_works_and_batch_does_not_matter():
     (dict(decoder_heads=3), "^decoder_heads 3 does not divide the width 64"),
     (dict(align="tight"), "^align tight: there are scale-free, literal, none"),
     (dict(kernels="torch"), "^kernels torch: there are plain, auto, triton"),
-    (dict(points=0), "^points 0: takes a positive"), (dict(crf_samples=0), "^crf_samples 0: takes a positive"),
+    (dict(points=0), "^points 0: takes a whole number from 1"), (dict(crf_samples=0), "^crf_samples 0: takes a whole number from 1"),
     (dict(model="san", mixer=False), "model san has no number called mixer: that number is PAT's")], ids=str)
 def test_numbers_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(InputError, match=says) as error:

@@ -1,18 +1,18 @@
 """What runs.py promises: configs of parts, checkpoints that join only what belongs together."""
 
+import dataclasses
 import json
-from pathlib import Path
+import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import runs
-import train
 from cli import InputError
-from published.san_checkpoints import import_published
-from runs import (MODELS, RunConfig, build, changed, filled, fingerprint, flat, layers, leaves,
-                  load_checkpoint, load_config, load_run, load_weights, model_class, parse_value, preset, save_checkpoint,
-                  trained_state, warm_start)
+from runs import (CHECKPOINTS, MODELS, RunConfig, changed, filled, fingerprint, flat, leaves, load_checkpoint, load_config,
+                  load_run, load_weights, model_class, parse_value, preset, read_checkpoint, save_checkpoint, trained_state,
+                  write_checkpoint)
 from tests.helpers import world
 from train import Recipe, Training, recipe
 
@@ -150,8 +150,8 @@ def test_every_optimisers_state_is_saved_and_goes_on_bit_for_bit(tmp_path):
     optimizers = [two_optimizers(model) for model in models]
     for step in range(2):
         stepped(models[0], optimizers[0], step)
-    save_checkpoint(tmp_path / "checkpoint.safetensors", models[0], optimizers[0], 2)
-    assert load_checkpoint(tmp_path / "checkpoint.safetensors", models[1], optimizers[1]) == 2
+    save_checkpoint(tmp_path, models[0], optimizers[0], 2)
+    assert load_checkpoint(tmp_path, models[1], optimizers[1]) == 2
     assert [len(optimizer.state) for optimizer in optimizers[1]] == [len(optimizer.state) for optimizer in optimizers[0]]
     kinds = [{kind for state in optimizer.state.values() for kind in state} for optimizer in optimizers[1]]
     assert kinds == [{"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}]
@@ -167,19 +167,76 @@ def test_a_checkpoint_holds_what_training_changes_and_not_the_frozen_clip(run):
     assert not any("resblocks" in name for name in names)
 
 
-def test_a_checkpoint_that_is_not_written_to_its_end_leaves_the_last_one(run, monkeypatch):
-    """The disk is full after half of it: the run still has the checkpoint it had, bit for bit."""
-    path, model = run[0] / "checkpoint.safetensors", run[1]
-    before = path.read_bytes()
+@pytest.mark.parametrize("breaks", ["fsync", "replace"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(run, monkeypatch, breaks):
+    """Whatever the disk refuses, the run still has the checkpoint it had, bit for bit, nothing else, and one line says so."""
+    path, model = run[0] / CHECKPOINTS[0], run[1]
+    before, there = path.read_bytes(), sorted(run[0].iterdir())
 
-    def half(tensors, where, metadata):
-        Path(where).write_bytes(before[:100])
-        raise OSError("no space left on device")
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "save_file", half)
-    with pytest.raises(OSError, match="no space"):
-        save_checkpoint(path, model, [], 8)
-    assert path.read_bytes() == before
+    monkeypatch.setattr(runs.os, breaks, full)
+    with pytest.raises(InputError, match="cannot be written .No space left on device.; what stood there is whole"):
+        save_checkpoint(run[0], model, [], 8)
+    assert path.read_bytes() == before and sorted(run[0].iterdir()) == there
+
+
+def test_the_last_two_checkpoints_are_kept_and_the_newest_is_taken(run):
+    path, model = run
+    for step in (1, 2, 3):
+        save_checkpoint(path, model, [], step)
+    assert [read_checkpoint(path)[1]["step"], runs.read_file(path / CHECKPOINTS[1])[1]["step"]] == ["3", "2"]
+    assert not [file for file in path.iterdir() if file.name.startswith(".")]
+
+
+def test_a_flipped_bit_anywhere_is_noticed_and_the_checkpoint_before_is_taken(run, capsys):
+    """In the first tensor, in the last, and in the step that the header tells: then the newest is not taken, and said to be so."""
+    path, model = run
+    for step in (4, 5):
+        save_checkpoint(path, model, [], step)
+    whole = (path / CHECKPOINTS[0]).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for at in (header, header + 1000, len(whole) - 1, whole.index(b'"step":"5"') + 8):
+        (path / CHECKPOINTS[0]).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        assert read_checkpoint(path)[1]["step"] == "4"
+        said = capsys.readouterr().err
+        assert "checkpoint.safetensors: damaged, its checksum" in said and said.count("\n") == 1
+        assert "instead checkpoint.before.safetensors is taken, of step 4" in said
+    (path / CHECKPOINTS[1]).write_bytes(whole[:1000])
+    with pytest.raises(InputError, match="checkpoint.safetensors: damaged"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_of_tomorrow_is_refused_and_one_of_before_has_no_checksum(run):
+    path, model = run
+    tensors, told = read_checkpoint(path)
+    write_checkpoint(path, tensors, **{**told, "format": "3"})
+    with pytest.raises(InputError, match="of format 3; this program reads 2"):
+        runs.read_file(path / CHECKPOINTS[0])
+    save_file(tensors, path / CHECKPOINTS[0], {"step": "7", "vlm": told["vlm"]})              # as it was written until then
+    assert runs.read_file(path / CHECKPOINTS[0])[1] == {"step": "7", "vlm": told["vlm"]}
+
+
+def test_a_number_that_is_not_finite_is_never_saved(run):
+    """A code that has not begun is behind by inf images: that is a buffer, and means something."""
+    path, model = run
+    assert model.latent.idle.isinf().all()
+    before = (path / CHECKPOINTS[0]).read_bytes()
+    with torch.no_grad():
+        model.background[0, 3] = torch.nan
+    with pytest.raises(InputError, match="background is not finite after 9 steps; the checkpoint in .* stays as it was"):
+        save_checkpoint(path, model, [], 9)
+    assert (path / CHECKPOINTS[0]).read_bytes() == before
+
+
+def test_files_of_a_run_obey_the_umask(run):
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(run[0], run[1], [], 8)
+    finally:
+        os.umask(before)
+    assert (run[0] / CHECKPOINTS[0]).stat().st_mode & 0o777 == 0o640
 
 
 def test_a_run_is_loaded_ready_to_answer(run):
@@ -205,12 +262,12 @@ def test_damaged_and_foreign_checkpoints_are_refused(run, tmp_path):
     path, model = run
     file = path / "checkpoint.safetensors"
     with pytest.raises(InputError, match="another preset or other switches"):
-        load_weights(world(mixer=False), file)
+        load_weights(world(mixer=False), read_checkpoint(path), path)
     other = world()
     with torch.no_grad():
         other.vlm.model.visual.proj.add_(1)
     with pytest.raises(InputError, match="other CLIP weights"):
-        load_weights(other, file)
+        load_weights(other, read_checkpoint(path), path)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="checkpoint.safetensors: not a readable checkpoint"):
         load_run(path)
@@ -222,78 +279,39 @@ def test_damaged_and_foreign_checkpoints_are_refused(run, tmp_path):
         load_run(path)
 
 
-# --- starting from another run ---
+# --- ranges ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_layer_stands_for_its_entries_only_if_all_are_there():
-    everything = ["a.x", "a.y", "b.c.x", "b.c.y", "b.d", "e"]
-    assert layers({"a.x", "a.y", "b.c.x", "b.c.y", "e"}, everything) == ["a", "b.c", "e"]
-    assert layers({"a.x", "b.d", "b.c.x", "b.c.y"}, everything) == ["a.x", "b"]
+@every_model
+def test_every_number_of_every_model_has_a_range_beside_it_or_is_a_word(model):
+    """A number that can be out of range silently is a test that nobody wrote: this is that test, for those to come too."""
+    for name, part in leaves(recipe("world", model)).items():
+        spec = next(field for field in dataclasses.fields(part) if field.name == name)
+        assert type(spec.default) in (bool, str) or "low" in spec.metadata or "allowed" in spec.metadata, name
 
 
-def test_a_warm_start_takes_what_fits_and_lists_exactly_what_does_not(published, tmp_path):
-    """PAT from SAN, with 12 queries instead of 20: the mask head has no place, the queries have another shape."""
-    path, theirs, config = published
-    import_published(path, tmp_path / "san", config)
-    clip = str(tmp_path / "san" / "clip.safetensors")
-    model = build(preset("world", pretrained=clip, queries=12))
-    before = {name: value.clone() for name, value in trained_state(model).items()}
-    said = warm_start(model, tmp_path / "san")
-    after, state = trained_state(model), trained_state(theirs)
-    taken = {name for name in after if not torch.equal(after[name], before[name])}
-    shapes = {"side.query_embed", "side.query_pos_embed"}
-    positions = "vlm.model.visual.positional_embedding"       # equal before and after: the imported CLIP brings its own
-    assert taken == {name for name in state if not name.startswith("head.")} - shapes - {positions}
-    assert all(torch.equal(after[name], state[name]) for name in taken | {positions})
-    head = sum(name.startswith("head.") for name in state)
-    assert said == (f"started from {tmp_path / 'san'}: {len(state) - head - 2} of its {len(state)} entries taken; "
-                    "without a place here: head; not in it: decoder, latent, pixels, semantic; "
-                    "of another shape or another CLIP: side.query_embed, side.query_pos_embed")
+def wrong_for(spec):
+    """Values that a field of a config must not take: other kinds, words it does not know, beyond both ends."""
+    kind, limits = type(spec.default), spec.metadata
+    wrong = {bool: ["yes", 2], str: [3, ("a",)], int: [1.5, "3", True], tuple: [5, (1.5,), (None,)],
+             float: ["1", True, float("nan"), float("inf"), -float("inf")]}[kind] + [None, {}]
+    if "allowed" in limits:
+        wrong += [("no such word",) if kind is tuple else "no such word"]
+    if "low" in limits:
+        ends = [limits["low"] - 1, limits["high"] + 1]
+        wrong += [(end,) * (limits["n"] or 1) for end in ends] if kind is tuple else ends
+    return wrong + ([(1,) * (limits["n"] + 1), ()] if limits.get("n") else [])
 
 
-def test_over_another_clip_its_position_embedding_stays(published, tmp_path):
-    path, theirs, config = published
-    import_published(path, tmp_path / "san", config)
-    model = build(preset("world", pretrained="world", model="san"))
-    own = model.vlm.positions.clone()
-    assert warm_start(model, tmp_path / "san").endswith("of another shape or another CLIP: vlm")
-    assert torch.equal(model.vlm.positions, own) and torch.equal(model.side.query_embed, theirs.side.query_embed)
-
-
-def test_as_many_numbers_in_another_shape_are_not_taken(run, monkeypatch):
-    """(64,1) is not (1,64)."""
-    own = {"background": torch.zeros(64, 1), "side.query_embed": torch.zeros(1, 20, 96)}
-    monkeypatch.setattr(runs, "trained_state", lambda model: own)
-    assert warm_start(*run[::-1]).endswith("of another shape or another CLIP: background")
-    assert not own["background"].any() and own["side.query_embed"].any()
-
-
-def test_a_warm_start_names_what_it_cannot_start_from(published, run, tmp_path, monkeypatch):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{}")
-    for where, says in [(published[0], "python -m published.san_checkpoints"), (tmp_path / "nowhere", "no run directory"),
-                        (tmp_path / "broken", "not a readable checkpoint")]:
-        with pytest.raises(InputError, match=says) as error:
-            warm_start(world(), where)
-        assert "\n" not in str(error.value)
-    monkeypatch.setattr(runs, "trained_state", lambda model: {"background": torch.zeros(1, 63), "other": torch.ones(1)})
-    with pytest.raises(InputError, match="nothing in its checkpoint fits"):
-        warm_start(world(), run[0])
-
-
-def test_a_warm_started_run_resumes_bit_for_bit_and_brings_its_clip(published, tmp_path, capsys):
-    """Two steps at once, and one, a stop, one more, from the command line; the second start needs no first run."""
-    path, _, config = published
-    import_published(path, tmp_path / "san", config)
-    flags = ["--model", "san", "--init", str(tmp_path / "san"), "--steps", "2", "--batch", "2", "--set", "points=64",
-             "--val-images", "1"]
-    for more, starts in ((["--out", str(tmp_path / "whole")], True), (["--out", str(tmp_path / "broken"), "--stop-at", "1"], True),
-                         (["--resume", str(tmp_path / "broken")], False)):
-        if not starts:
-            (tmp_path / "san" / "checkpoint.safetensors").unlink()
-        train.train(*train.parse(flags * starts + more)[:2])
-        assert ("started from" in "".join(capsys.readouterr())) == starts
-    (a, config), (b, _) = (load_run(tmp_path / name) for name in ("whole", "broken"))
-    assert config.net.clip.pretrained == str(tmp_path / "san" / "clip.safetensors")
-    a, b = a.state_dict(), b.state_dict()
-    assert all(torch.equal(a[key], b[key]) for key in a)
+@every_model
+def test_what_is_out_of_range_or_of_another_kind_is_refused_for_every_number_by_name(model):
+    """NaN, infinities, beyond both ends, another kind: as a number of ours, and from a config.json that somebody edited."""
+    config = recipe("world", model)
+    for name, part in leaves(config).items():
+        spec = next(field for field in dataclasses.fields(part) if field.name == name)
+        for value in wrong_for(spec):
+            for way in (lambda: changed(config, **{name: value}), lambda: filled(config, {name: value})):
+                with pytest.raises(InputError) as error:
+                    way()
+                assert str(error.value).startswith(f"{name} ") and "\n" not in str(error.value)
+    assert changed(config, lr=1).recipe.lr == 1.0 and type(changed(config, lr=1).recipe.lr) is float

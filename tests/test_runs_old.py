@@ -44,7 +44,7 @@ def test_every_number_of_an_old_config_is_read(model, tmp_path):
     numbers = flat(config)
     assert numbers == {name: renamed.get(name, as_now({**OLD, **younger}[name])) for name in numbers}
     assert isinstance(config, RunConfig) and isinstance(config.net, {"pat": PATConfig, "san": SANConfig}[model])
-    gone = {"decoder_attention", "clip", "vmf"} | (set(flat(Recipe())) - {"grad_clip", "muon"})
+    gone = {"decoder_attention", "clip", "vmf"} | (set(flat(Recipe())) - {"grad_clip", "muon", "save_minutes"})
     only_of = {"pat": {"head_width"}, "san": set(flat(PATConfig())) - set(flat(SANConfig())) - younger.keys()}[model]
     assert set(OLD) - set(numbers) == gone | only_of
 
@@ -53,7 +53,7 @@ def test_the_loops_numbers_of_an_old_config_are_read(tmp_path):
     """`clip` was the norm that gradients are cut to."""
     recipe = filled(Recipe(), read_config(written(tmp_path)))
     numbers = flat(recipe)
-    assert numbers == {name: {**OLD, "grad_clip": OLD["clip"], "muon": False}[name] for name in numbers}      # AdamW then
+    assert numbers == {name: {**OLD, "grad_clip": OLD["clip"], "muon": False, "save_minutes": 0.0}[name] for name in numbers}
     assert recipe.grad_clip == 0.7 and recipe.precision == "fp32"
 
 
@@ -94,7 +94,7 @@ def test_an_old_run_loads(model, tmp_path):
         p.add_(0.01 * torch.randn_like(p)) if p.requires_grad else None
     stored = {**OLD, **json.loads(json.dumps(flat(config))), "kernels": "torch"}
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    save_checkpoint(tmp_path / "checkpoint.safetensors", trained, [], 5)
+    save_checkpoint(tmp_path, trained, [], 5)
     loaded, found = load_run(tmp_path)
     assert found == config and torch.equal(loaded(images(), TEXT)["masks"][0], trained.eval()(images(), TEXT)["masks"][0])
 

@@ -164,8 +164,8 @@ def test_the_config_has_its_parts():
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(heads=5), "heads 5 does not divide the width 96"), (dict(depths=(0, 2, 4)), "depths 0 2 4: takes 4 positive"),
-    (dict(depths=(0, 2, 3, -1)), "depths 0 2 3 -1: takes 4"), (dict(points=0), "points 0: takes a positive number"),
+    (dict(heads=5), "heads 5 does not divide the width 96"), (dict(depths=(0, 2, 4)), "depths 0 2 4: takes 4 numbers"),
+    (dict(depths=(0, 2, 3, -1)), "depths 0 2 3 -1: takes some whole"), (dict(points=0), "points 0: takes a whole number from 1"),
     (dict(mixer=False), "model san has no number called mixer: that number is PAT's"),
     (dict(widht=3), "no number called widht; did you mean width")], ids=str)
 def test_numbers_that_do_not_fit_are_refused(changes, says):

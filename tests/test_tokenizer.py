@@ -281,7 +281,7 @@ def flip(path):
     (lambda path: save_file({"a": torch.ones(1)}, path), "holds no tokenizer; make one with python tokenizer.py save RUN"),
     (flip, "damaged: its numbers are not those that were written"),
     (with_description(lambda told: []), "its description of the tokenizer cannot be used"),
-    (with_description(lambda told: {**told, "config": {**told["config"], "codes": [1, 2]}}), "description .* takes 4 positive"),
+    (with_description(lambda told: {**told, "config": {**told["config"], "codes": [1, 2]}}), "description .* takes 4 whole"),
     (with_description(lambda told: {**told, "config": {**told["config"], "width": "wide"}}), "its description"),
     (with_description(lambda told: {**told, "config": {**told["config"], "codes": [9, 9, 9, 9]}}),
      r"13 of another shape: latent.codebook \(256, 32\) for \(9, 32\)"),

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +23,9 @@ import san
 import train
 from cli import InputError
 from data import PADDING
+from guards.stopping import Stopped
 from published.images_of import training_set
-from runs import build, changed, flat, load_config, load_run, model_class, trained_state
+from runs import build, changed, flat, load_config, load_run, model_class, read_checkpoint, trained_state
 from tests.helpers import TINY, TINY_OF, encoded, micro_batches, pack, picture, tiny
 from train import Recipe, Stream, check_recipe, gradients, learning_rate, parameter_groups, parse, recipe, replaced
 from world.scenes import World
@@ -149,6 +152,10 @@ def test_a_term_that_is_not_finite_is_named(monkeypatch, value):
         gradients(model, model.vlm.embed_text(World.train_names), micro_batches(config), config)
 
 
+def numbers_of(stream):
+    return [stream.number(i) for i in range(len(stream))]
+
+
 def test_passes_of_two_processes_are_numbered_by_hand():
     """Eight images a step, two processes, two passes: a pass of a process is two images; draws have the seed."""
     class Echo:
@@ -156,19 +163,21 @@ def test_passes_of_two_processes_are_numbered_by_hand():
 
     config = tiny(steps=3, batch=8, accumulate=2, seed=5)
     first, second = (Stream(Echo, config, 1, rank, 2) for rank in range(2))
-    assert first.numbers == [8, 9, 12, 13, 16, 17, 20, 21] and second.numbers == [10, 11, 14, 15, 18, 19, 22, 23]
+    assert numbers_of(first) == [8, 9, 12, 13, 16, 17, 20, 21] and numbers_of(second) == [10, 11, 14, 15, 18, 19, 22, 23]
     assert len(second) == 8 and second[0] == ("seed 5", "sample 10", 10) and second[7] == ("seed 5", "sample 23", 23)
 
 
 def test_lines_and_checkpoints_come_as_often_as_asked(steps, monkeypatch, tmp_path):
-    """Of seven steps every third and the last is logged, every second and the last saved; by this clock each takes 1 s."""
+    """Every third step is logged and the last of all; every second is saved, and where it stops; by this clock each takes 1 s."""
     saved = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, model, optimizers, step: saved.append(step))
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(len(steps))))
+    monkeypatch.setattr(train, "save_checkpoint", lambda run, model, optimizers, step: saved.append(step))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(len(steps)), monotonic=lambda: 0.0))
     run = train.train(tiny("san", steps=9, stop_at=7, log_every=3, save_every=2, out=str(tmp_path / "run")))
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 5, 6] and saved == [2, 4, 6, 7]
-    assert [line["ms_per_step"] for line in lines] == [1000.0] * 3
+    assert [line["step"] for line in lines] == [2, 5] and saved == [2, 4, 6, 7]
+    assert [line["ms_per_step"] for line in lines] == [1000.0] * 2
+    run = train.train(tiny("san", steps=4, log_every=3, out=str(tmp_path / "other")))
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [2, 3]
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
@@ -178,7 +187,7 @@ def test_the_papers_numbers_of_the_loop():
     """AdamW at 1e-4 with decay 1e-4, 120,000 steps of 12 images, clipped at 0.01; the paper states no warm-up."""
     paper = dict(steps=120_000, batch=12, lr=1e-4, weight_decay=1e-4, grad_clip=0.01)
     ours = dict(out="", init="", accumulate=1, warmup=0, muon=False, precision="bf16", workers=4, log_every=50, save_every=1000,
-                stop_at=0, val_images=300)
+                save_minutes=0.0, stop_at=0, val_images=300)
     assert asdict(Recipe()) == {**paper, **ours}
     assert recipe("coco").recipe == recipe("coco", "san").recipe == Recipe()
     (optimizer,) = build(tiny("san").run).optimizers(
@@ -227,10 +236,11 @@ def test_accumulation_computes_the_gradient_of_the_whole_batch():
 
 
 def test_the_stream_covers_every_image_once_however_it_is_split():
-    whole = Stream(None, tiny(steps=3), 0, 0, 1).numbers
-    parts = [Stream(None, tiny(steps=3), 0, rank, 2).numbers for rank in range(2)]
+    whole = numbers_of(Stream(None, tiny(steps=3), 0, 0, 1))
+    parts = [numbers_of(Stream(None, tiny(steps=3), 0, rank, 2)) for rank in range(2)]
     assert whole == list(range(12)) and sorted(parts[0] + parts[1]) == whole
-    assert Stream(None, tiny(steps=3), 2, 0, 1).numbers == [8, 9, 10, 11]
+    assert numbers_of(Stream(None, tiny(steps=3), 2, 0, 1)) == [8, 9, 10, 11]
+    assert len(Stream(None, tiny(steps=10**8), 0, 0, 1)) == 4 * 10**8                         # computed, not listed
 
 
 @pytest.mark.parametrize("model", ["pat", "san"])
@@ -365,7 +375,7 @@ def test_presets_are_the_papers_recipe():
     (["--model", "pot"], "pot"), (["--preset", "moon"], "moon"), (["--preset", "coco"], "--data DIR"),
     (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"), (["--set", "align=tight"], "align tight"),
     (["--steps", "many"], "many"), (["--steps", "0"], "steps 0"), (["--accumulate", "0"], "accumulate 0"),
-    (["--seed", "-1"], "seed -1"), (["--precision", "bf61"], "bf61"), (["--precision", "fp16"], "there are bf16 and fp32"),
+    (["--seed", "-1"], "seed -1"), (["--precision", "bf61"], "bf61"), (["--precision", "fp16"], "there are bf16, fp32"),
     (["--model", "san", "--ablate", "no-align"], "--ablate no-align: san has nothing to switch off"),
     (["--model", "san", "--set", "unified=true"], "model san has no number called unified: that number is PAT's"),
     (["--ablate", "no-mixxer"], "--ablate no-mixxer: pat has no-vmf, .*; did you mean no-mixer"),
@@ -374,8 +384,7 @@ def test_presets_are_the_papers_recipe():
     (["--set", "mixer=perhaps"], "mixer=perhaps: takes true or false"), (["--set", "scales=a,b"], "scales=a,b: takes values with"),
     (["--set", "w_rec=much"], "w_rec=much: takes a number, such as 120.0"), (["--set", "points=1.5"], "takes a whole number"),
     (["--set", "dense_width=3"], "model pat has no number called dense_width: that number is DENSE's"),
-    (["--resume", "runs/x", "--set", "w_rec=1"], "leave out --set"), (["--resume", "runs/x", "--ablate", "no-vmf"], "out --ablate"),
-    (["--resume", "runs/x", "--steps", "9"], "leave out --steps"),
+    (["--resume", "runs/x", "--set", "w_rec=1"], "runs/x: no run directory"),
     (["--w-rec", "1"], "--w-rec is now --set w_rec=..."), (["--no-mixer"], "--no-mixer is now --ablate no-mixer"),
     (["--clip=0.5"], "--clip is now --set grad_clip=..."), (["--scales", "4", "4", "4"], "--scales is now --set scales=..."),
     (["--unified"], "--unified is now --ablate unified"), (["--decoder-stages"], "now --set decoder_stages"),
@@ -424,7 +433,7 @@ def test_every_flag_of_before_is_still_one_or_says_what_replaced_it():
 def test_help_fits_a_screen_and_is_grouped():
     text = train.parser_of().format_help()
     options = re.findall(r"^  (?:-h, )?--[a-z-]+", text, re.M)
-    assert 15 <= len(options) == len(train.parser_of()._actions) <= 24
+    assert 15 <= len(options) == len(train.parser_of()._actions) <= 25
     assert all(f"\n{title}:\n" in text for title in ("what", "on what", "how", "where"))
 
 
@@ -451,18 +460,79 @@ def test_a_run_that_never_saved_starts_anew_and_cannot_resume(tmp_path):
         train.train(tiny(steps=1, out=str(file)))
 
 
+def from_call(n, function, broken):
+    """`function` until its call number n, which `broken` answers in its place: the first call is the rehearsal's."""
+    calls = []
+
+    def either(*args, **kwargs):
+        calls.append(1)
+        return (function if len(calls) < n else broken)(*args, **kwargs)
+    return either
+
+
 def test_weights_that_run_away_end_in_one_line(tmp_path, monkeypatch):
-    """NaN masks reach the matching first; that too names the step."""
+    """NaN masks reach the matching first; that too names the step, and what may be tried next is what --resume takes."""
     segmentation = san.segmentation
-    monkeypatch.setattr(san, "segmentation", lambda masks, *a, **k: segmentation(masks * float("nan"), *a, **k))
-    with pytest.raises(InputError, match="step 0: the matching cost is not finite"):
-        train.train(tiny(steps=2, out=str(tmp_path / "run")))
+    broken = lambda masks, *a, **k: segmentation(masks * float("nan"), *a, **k)              # noqa: E731
+    monkeypatch.setattr(san, "segmentation", from_call(5, segmentation, broken))             # two outputs a step
+    with pytest.raises(InputError, match="step 1: the matching cost is not finite; .* --resume .*run --set lr=") as error:
+        train.train(tiny(steps=3, save_every=1, out=str(tmp_path / "run")))
+    assert "\n" not in str(error.value)
+    assert read_checkpoint(tmp_path / "run")[1]["step"] == "1"
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_step_and_term(tmp_path, monkeypatch):
-    monkeypatch.setattr(pat, "reconstruction", lambda *a: dict(l1=torch.tensor(0.0), l2=torch.tensor(float("nan"))))
-    with pytest.raises(InputError, match="step 0: loss term l2 is nan"):
-        train.train(tiny(steps=2, out=str(tmp_path / "run")))
+def test_a_loss_that_is_not_finite_stops_and_names_step_term_and_images(tmp_path, monkeypatch):
+    """The second step has images 4 to 7."""
+    broken = lambda *a: dict(l1=torch.tensor(0.0), l2=torch.tensor(float("nan")))             # noqa: E731
+    monkeypatch.setattr(pat, "reconstruction", from_call(3, pat.reconstruction, broken))
+    with pytest.raises(InputError, match="step 1: loss term l2 is nan, of images .4, 5, 6, 7.; the checkpoint in .* stays"):
+        train.train(tiny(steps=3, out=str(tmp_path / "run")))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_nothing_of_it_is_saved(tmp_path, monkeypatch):
+    """The loss is finite, its gradient is not (the root at zero): the step is not taken, the checkpoint is of the one before."""
+    def broken(image_hat, *a):
+        return dict(l1=(image_hat - image_hat.detach()).abs().sum().sqrt(), l2=image_hat.mean())
+
+    monkeypatch.setattr(pat, "reconstruction", from_call(3, pat.reconstruction, broken))
+    with pytest.raises(InputError, match="step 1: the gradient's norm is (nan|inf), of images .4, 5, 6, 7.; the checkpoint in"):
+        train.train(tiny(steps=3, save_every=1, out=str(tmp_path / "run")))
+    assert read_checkpoint(tmp_path / "run")[1]["step"] == "1"
+    assert all(value.isfinite().all() for name, value in read_checkpoint(tmp_path / "run")[0].items())
+
+
+def test_what_no_line_has_told_yet_is_in_the_checkpoint(tmp_path):
+    """Lines come every three steps; stopped after the fourth and resumed, the sixth's line is as if nothing had been."""
+    lines = []
+    for name, stops in (("whole", [0]), ("broken", [4, 0])):
+        for n, stop in enumerate(stops):
+            config = tiny("pat", steps=6, log_every=3, save_every=50, stop_at=stop, out=str(tmp_path / name))
+            train.train(config, resume=bool(n))
+        lines.append([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()])
+    whole, broken = ({line["step"]: line for line in each} for each in lines)
+    assert {**whole[5], "ms_per_step": 0} == {**broken[5], "ms_per_step": 0} and whole[5]["early"]["used"] > 0
+
+
+def test_it_saves_by_the_clock_too(tmp_path, monkeypatch):
+    """A step takes a minute by this clock: --save-minutes 2 saves after every third."""
+    saved, minutes = [], iter(range(0, 6000, 60))
+    monkeypatch.setattr(train, "save_checkpoint", lambda run, model, optimizers, step: saved.append(step))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: next(minutes)))
+    train.train(tiny("san", steps=20, stop_at=9, save_every=1000, save_minutes=2.5, out=str(tmp_path / "run")))
+    assert saved[-1] == 9 and 1 < len(saved) < 9 and all(b - a <= 3 for a, b in zip(saved, saved[1:]))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_never_had(tmp_path, signum, capsys):
+    """Asked in its second step: two steps are saved, and with the rest they equal a run that nobody disturbed."""
+    whole = train.train(tiny("san", steps=4, out=str(tmp_path / "whole")))
+    heard = iter([0, *[signum] * 9])
+    with pytest.raises(Stopped) as stopped:
+        train.train(tiny("san", steps=4, save_every=100, out=str(tmp_path / "run")), asked=lambda: next(heard))
+    assert stopped.value.code == 128 + signum and "2 of 4 steps are saved; go on with: python train.py --resume" in capsys.readouterr().out
+    train.train(tiny("san", steps=4, save_every=100, out=str(tmp_path / "run")), resume=True)
+    (a, _), (b, _) = read_checkpoint(whole), read_checkpoint(tmp_path / "run")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_commands_exit_with_two_and_one_line():

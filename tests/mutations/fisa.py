@@ -6,11 +6,11 @@ FISA, ORACLE, FOCUS = "siblings/fisa.py", "studies/oracle.py", "studies/focus.py
 
 MUTATIONS = [
     # ---- the generator ----
-    Mutation(FISA, "a run without a checkpoint is opened", "if not run or not path.is_file():", "if not run:"),
+    Mutation(FISA, "a run without a checkpoint is opened", "if not run or not (Path(run) / CHECKPOINTS[0]).is_file():", "if not run:"),
     Mutation(FISA, "any model's masks will do", "if not issubclass(kind, SAN):", "if False:"),
     Mutation(FISA, "a run that stopped half-way is a generator", "if step < steps:", "if step < 0:"),
     Mutation(FISA, "a finished run has one step too few", "if step < steps:", "if step <= steps:"),
-    Mutation(FISA, "all generators of a shape have one name", "tensors_checksum(state)[:8]", '"generator"'),
+    Mutation(FISA, "all generators of a shape have one name", 'tensors_checksum(part(tensors, "model."))[:8]', '"generator"'),
     Mutation(FISA, "what the last generator was counts for the next",
              'return what if what.get("run") == config.generator else {}', "return what"),
     Mutation(FISA, "a text that is no JSON ends in a traceback", "except (ValueError, AttributeError) as error:",
@@ -32,7 +32,7 @@ MUTATIONS = [
              'if known and what.get("weights") != known["weights"]:', "if known and not what:"),
     Mutation(FISA, "a generator over another CLIP is taken", 'if what["over"] != fingerprint(self):', "if False:"),
     Mutation(FISA, "the generator's weights are not loaded",
-             '        load_weights(generator, Path(what["run"]) / "checkpoint.safetensors")\n', ""),
+             '        load_weights(generator, read_checkpoint(what["run"]), what["run"])\n', ""),
     Mutation(FISA, "config.json does not say what the generator was", "config.generator_is = json.dumps(what)", "pass"),
     Mutation(FISA, "the generator trains where the model trains", "        self.generator.eval()", "        pass"),
     Mutation(FISA, "CLIP's positions are trained", "        self.vlm.requires_grad_(False)                        # its positions too\n",
@@ -112,8 +112,7 @@ MUTATIONS = [
     Mutation(FISA, "the share is trained on", "named=(0.0, ", "named=(1.0, "),
 
     # ---- numbers and switches ----
-    Mutation(FISA, "a switch of any name", "            if getattr(c, name) not in allowed:\n", "            if False:\n"),
-    Mutation(FISA, "no block to tell names to", '"seve_blocks", "seve_heads")', '"seve_heads")'),
+    Mutation(FISA, "no block to tell names to", "seve_blocks: int = number(4, 1, 256)", "seve_blocks: int = number(4, 0, 256)"),
     Mutation(FISA, "more blocks than there are", "if config.seve and config.seve_blocks > len(blocks):", "if False:"),
     Mutation(FISA, "blocks are counted where no name is told", "if config.seve and config.seve_blocks", "if config.seve_blocks"),
     Mutation(FISA, "heads that do not divide the width", '        check_heads(heads, inner, "seve_heads")\n', ""),

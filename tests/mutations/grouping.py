@@ -174,7 +174,7 @@ MUTATIONS = [
     Mutation(SENATRA, "masks are captioned", 'if c.supervision != "names":', "if False:"),
     Mutation(SENATRA, "a batch may hold two sizes", "self.config.switch % recipe.batch:", "False:"),
     Mutation(SENATRA, "an odd head is taken", "if c.head_dim % 4:", "if c.head_dim % 2:"),
-    Mutation(SENATRA, "a stage without blocks is taken", "!= 4 or min(getattr(c, name)) < 1:", "!= 4:"),
+    Mutation(SENATRA, "a stage without blocks is taken", "number((3, 4, 18, 5), 1, 256, 4)", "number((3, 4, 18, 5), 0, 256, 4)"),
     Mutation(SENATRA, "the hour is ten minutes", "steps, switch = HOUR * config.recipe.steps",
              "steps, switch = config.recipe.steps"),
     Mutation(SENATRA, "the hour switches after ten minutes", "HOUR * config.run.net.switch", "config.run.net.switch"),

@@ -12,7 +12,8 @@ import train
 from cli import InputError
 from data import IGNORE
 from predict import name_pixels
-from runs import build, changed, fingerprint, preset, trained_state, warm_start
+from guards.starting import warm_start
+from runs import build, changed, fingerprint, preset, trained_state
 from san import trainable
 from segmenter import Batch
 from siblings import fgaseg as S
@@ -496,18 +497,18 @@ def test_every_part_reports_its_time(net):
 
 @pytest.mark.parametrize("numbers, says", [
     (dict(vlm="EVA02-B-16"), "vlm EVA02-B-16: .* take ViT-B-16"), (dict(lcs="hard"), "lcs hard: there are softmax, linear"),
-    (dict(fusion="mul"), "fusion mul: there are cat, add"), (dict(guidance=(3,)), "guidance 3: takes two positive numbers"),
-    (dict(decoder_widths=(16, 0)), "decoder_widths 16,0: takes two"), (dict(guidance_proj=(1, 2, 3)), "guidance_proj 1,2,3"),
+    (dict(fusion="mul"), "fusion mul: there are cat, add"), (dict(guidance=(3,)), "guidance 3: takes 2 whole numbers"),
+    (dict(decoder_widths=(16, 0)), "decoder_widths 16 0: takes 2"), (dict(guidance_proj=(1, 2, 3)), "guidance_proj 1 2 3"),
     (dict(hidden=31), "agg_heads 2 does not divide the width 31"),
     (dict(hidden=31, agg_heads=1), "hidden 31: takes an even"), (dict(lcs_kernel=4), "lcs_kernel 4: takes an odd"),
     (dict(hidden=8), "hidden 8: takes more than the 8 of guidance_proj"),
     (dict(guidance_proj=(8, 16)), "the first of decoder_widths 16: takes more than the 16"),
     (dict(fusion="add", decoder_widths=(24, 8)), "fusion add: takes decoder_widths that begin with 16, half of hidden"),
-    (dict(depths=(0, 2)), "depths 0 2: takes 4"), (dict(depths=(0, 2, -1, 4)), "depths 0 2 -1 4: takes 4"),
-    (dict(topk=-1), "topk -1: takes no negative"), (dict(pad=-1), "pad -1"), (dict(clip_lr=-0.1), "clip_lr -0.1"),
+    (dict(depths=(0, 2)), "depths 0 2: takes 4"), (dict(depths=(0, 2, -1, 4)), "depths 0 2 -1 4: takes some whole"),
+    (dict(topk=-1), "topk -1: takes a whole number from 0"), (dict(pad=-1), "pad -1"), (dict(clip_lr=-0.1), "clip_lr -0.1"),
     (dict(topk=4, fast=False), "topk 4: takes fast=true"), (dict(prior=1), "prior 1: takes 2 or more"),
-    (dict(window=0), "window 0: takes a positive"), (dict(p2t_heads=5), "p2t_heads 5 does not divide the width 64"),
-    (dict(depths=(0, 2, 6, 6)), "from 1 to 5"), (dict(most_names=0), "most_names 0")],
+    (dict(window=0), "window 0: takes a whole number from 1"), (dict(p2t_heads=5), "p2t_heads 5 does not divide the width 64"),
+    (dict(depths=(0, 2, 6, 6)), "depths 0 2 6 6: takes rising numbers below 6"), (dict(most_names=0), "most_names 0")],
     ids=lambda v: v if isinstance(v, str) else None)
 def test_numbers_that_do_not_fit_end_in_one_line(numbers, says):
     with pytest.raises(InputError, match=says) as error:

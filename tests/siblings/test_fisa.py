@@ -17,7 +17,7 @@ import train
 from cli import InputError
 from data import IGNORE
 from losses import CE
-from runs import build, changed, fingerprint, flat, load_config, load_run, preset, read_checkpoint, trained_state
+from runs import build, changed, fingerprint, flat, load_config, load_run, part, preset, read_checkpoint
 from san import trainable
 from segmenter import Batch
 from siblings.fisa import FISA, SEVE, names_of, visible
@@ -432,7 +432,7 @@ def test_a_run_is_whole_without_its_generators(runs, tmp_path):
 
 def test_the_checkpoint_holds_the_whole_generator_and_nothing_of_clip(runs):
     run, theirs, _ = runs
-    own, given = (read_checkpoint(path / "checkpoint.safetensors")[0] for path in (run, theirs))
+    own, given = (part(read_checkpoint(path)[0], "model.") for path in (run, theirs))
     held = {name.split(".", 2)[2]: value for name, value in own.items() if name.startswith("generators.")}
     assert given.keys() <= held.keys() and all(torch.equal(held[name], value) for name, value in given.items())
     extra = {name for name in held.keys() - given.keys()}
@@ -577,7 +577,7 @@ def test_a_run_of_fisa_is_no_generator(runs):
 @pytest.mark.parametrize("numbers, says", [
     (dict(simo="masks"), "simo masks: there are image-mask, image, mask, none"),
     (dict(assign="nearest"), "assign nearest: there are dice, hungarian"),
-    (dict(seve_blocks=0), "seve_blocks 0: takes a positive number"), (dict(seve_heads=0), "seve_heads 0: takes a positive number"),
+    (dict(seve_blocks=0), "seve_blocks 0: takes a whole number from 1"), (dict(seve_heads=0), "seve_heads 0: takes a whole number from 1"),
     (dict(seve_blocks=7), "seve_blocks 7: world has 6 blocks"), (dict(seve_heads=5), "seve_heads 5 does not divide the width 32"),
     (dict(generator_is="5"), "generator_is: is written by the training itself"),
     (dict(generator_is="{"), "generator_is: is written by the training itself")])

@@ -14,7 +14,8 @@ import train
 from cli import InputError
 from data import IGNORE, rng_for, to_tensor
 from predict import two_step_bands
-from runs import build, changed, load_run, preset, save_checkpoint, trained_state, warm_start
+from guards.starting import warm_start
+from runs import build, changed, load_run, preset, save_checkpoint, trained_state
 from san import trainable
 from segmenter import Batch
 from siblings import senatra as S
@@ -377,10 +378,10 @@ def test_attention_knows_how_far_apart_two_cells_are_and_not_where():
 
 # --- numbers, switches ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("numbers, says", [
-    (dict(supervision="labels"), "supervision labels: there are names and masks"),
-    (dict(group_init="zero"), "group_init zero: there are conv and embedding"), (dict(captions="no"), "captions no"),
-    (dict(uniform=(2, 5)), "uniform 2 5: groupings are called 2, 3 and 4"), (dict(group_update="lstm"), "skip and gru"),
-    (dict(blocks=(1, 0, 1, 1)), "blocks 1 0 1 1: takes 4 positive"), (dict(widths=(8, 16)), "widths 8 16: takes 4"),
+    (dict(supervision="labels"), "supervision labels: there are masks, names"),
+    (dict(group_init="zero"), "group_init zero: there are conv, embedding"), (dict(captions="no"), "captions no"),
+    (dict(uniform=(2, 5)), "uniform 2 5: takes some whole numbers, each from 2 to 4"), (dict(group_update="lstm"), "there are skip, gru"),
+    (dict(blocks=(1, 0, 1, 1)), "blocks 1 0 1 1: takes 4 whole"), (dict(widths=(8, 16)), "widths 8 16: takes 4"),
     (dict(head_dim=6, widths=(6, 12, 24, 48)), "head_dim 6: takes a multiple of 4"), (dict(rounds=0), "rounds 0"),
     (dict(head_dim=16), "head_dim 16 does not divide the width 8"), (dict(switch=-1), "switch -1"),
     (dict(window=0), "window 0"), (dict(patch=0), "patch 0")], ids=lambda v: str(v)[:40])
@@ -460,7 +461,7 @@ def test_masks_start_from_a_run_of_names(tmp_path, net, native):
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.01)
-    save_checkpoint(tmp_path / "checkpoint.safetensors", net, [], 3)
+    save_checkpoint(tmp_path, net, [], 3)
     said = warm_start(native, tmp_path)
     assert "without a place here: project; not in it: native" in said and "another" not in said
     taken = {name: p for name, p in trained_state(native).items() if "native" not in name}
@@ -480,7 +481,7 @@ def test_the_hour_is_six_times_ten_minutes_and_leaves_a_small_run(tmp_path, monk
         opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         sum(p.sum() for p in opt.param_groups[0]["params"]).backward()
         opt.step()
-        save_checkpoint(run / "checkpoint.safetensors", model, [opt], 9000)
+        save_checkpoint(run, model, [opt], 9000)
         (run / "config.json").write_text(json.dumps(train.flat(config)))
         (run / "names.txt").write_text("striped boat\n")
 

