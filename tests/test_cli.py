@@ -98,3 +98,32 @@ def test_a_checksum_of_tensors_sees_names_shapes_types_and_bits():
     others = ({"a": one, "c": two}, {"a": one.view(3, 2), "b": two}, {"a": one, "b": two.double()},
               {"a": one, "b": torch.nextafter(two, 2 * two)})
     assert len({digits, *map(tensors_checksum, others)}) == 5
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    """Of this very name, and of a process that is no more; another's, and another name's, stay."""
+    for name in (".99999999.a.txt", ".1.a.txt", ".99999999.b.txt"):
+        (tmp_path / name).write_text("half")
+    write_files({tmp_path / "a.txt": "whole"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".1.a.txt", ".99999999.b.txt", "a.txt"]
+
+
+@pytest.mark.parametrize("number, ends", [(28, True), (30, True), (36, True), (5, False)])
+def test_a_full_disk_where_nobody_looked_is_one_line_and_a_broken_one_is_not_hidden(number, ends, capsys):
+    def main():
+        raise OSError(number, "what the system says", "runs/x/log.jsonl")
+
+    with pytest.raises(SystemExit if ends else OSError) as error:
+        run_cli(main)
+    if ends:
+        said = capsys.readouterr().err
+        assert error.value.code == 2 and said == "error: runs/x/log.jsonl: what the system says; what was written before is whole\n"
+
+
+def test_ctrl_c_before_anything_began_is_quiet():
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as error:
+        run_cli(main)
+    assert error.value.code == 130

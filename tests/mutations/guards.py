@@ -5,6 +5,8 @@ from tests.mutations import Mutation
 RUNS, CLI, TRAIN, CLIP = "runs.py", "cli.py", "train.py", "clip.py"
 STOPPING, LOCKING, STARTING = (f"guards/{name}.py" for name in ("stopping", "locking", "starting"))
 
+RANGE = "tests/test_runs.py -k out_of_range"
+
 MUTATIONS = [
     # ---- a checkpoint ----
     Mutation(RUNS, "the checksum is not looked at", "if said is not None and said != digest(tensors, told):", "if False:"),
@@ -19,14 +21,27 @@ MUTATIONS = [
     Mutation(RUNS, "counts that no line has told are lost", "    model.unlogged().update(part(tensors, \"log.\"))\n", ""),
     Mutation(RUNS, "counts that no line has told are not saved", "for name, value in model.unlogged().items()", "for name, value in ()"),
 
+    # ---- files ----
+    Mutation(CLI, "what a killed process left stays", "                    left.unlink(missing_ok=True)\n", "                    pass\n"),
+    Mutation(CLI, "what a living process writes is removed", 'if not Path("/proc", left.name.split(".")[1]).exists():', "if True:"),
+    Mutation(CLI, "any error of the disk is one line", "if error.errno not in (errno.ENOSPC,", "if error.errno in (errno.ENOENT,"),
+    Mutation(CLI, "Ctrl-C is a traceback", "    except KeyboardInterrupt:\n        sys.exit(130)\n", ""),
+
     # ---- ranges ----
-    Mutation(CLI, "too small passes", "not low <= part <= high", "not part <= high"),
-    Mutation(CLI, "too large and NaN pass", "not low <= part <= high", "part < low"),
-    Mutation(CLI, "true is a number", "type(part) is not one", "not isinstance(part, one)"),
-    Mutation(CLI, "any number of numbers", "n not in (None, len(each))", "False"),
-    Mutation(CLI, "one number for a tuple", "    fits = many == (kind is tuple)\n", "    fits = True\n"),
-    Mutation(CLI, "any word", "any(part not in limits[\"allowed\"] for part in each)", "False"),
-    Mutation(CLI, "1 is no number where 1.0 is", "if one is float and type(value) is int:", "if False:"),
+    Mutation(CLI, "too small passes", "not low <= part <= high", "not part <= high",
+             tests=RANGE),
+    Mutation(CLI, "too large and NaN pass", "not low <= part <= high", "part < low",
+             tests=RANGE),
+    Mutation(CLI, "true is a number", "type(part) is not one", "not isinstance(part, one)",
+             tests=RANGE),
+    Mutation(CLI, "any number of numbers", "n not in (None, len(each))", "False",
+             tests=RANGE),
+    Mutation(CLI, "one number for a tuple", "    fits = many == (kind is tuple)\n", "    fits = True\n",
+             tests=RANGE),
+    Mutation(CLI, "any word", "any(part not in limits[\"allowed\"] for part in each)", "False",
+             tests=RANGE),
+    Mutation(CLI, "1 is no number where 1.0 is", "if one is float and type(value) is int:", "if False:",
+             tests=RANGE),
     Mutation(RUNS, "what config.json says is not looked at", "checked(name, value, spec))", "value)"),
     Mutation(CLIP, "CLIP's blocks in any order", "if sorted(self.depths) != list(self.depths) or", "if"),
 
