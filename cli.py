@@ -43,7 +43,7 @@ def run_cli(main):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG):
                 raise
             error = InputError(f"{error.filename or 'the disk'}: {error.strerror}; what was written before is whole")
-        if int(os.environ.get("RANK", 0)):                    # where process 0 has the same to say, torchrun ends the rest first
+        if int(os.environ.get("RANK", 0)):                    # if process 0 says the same, torchrun ends the rest first
             time.sleep(3)
         # A DataLoader worker hands its error over as a whole traceback whose last line is ours.
         line = str(error).rstrip().splitlines()[-1]

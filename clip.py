@@ -114,7 +114,8 @@ class VLM(nn.Module):
         quarter = len(self.blocks) // 4
         self.depths = tuple(depths) if depths else (0, quarter, 2 * quarter, 3 * quarter)
         if sorted(self.depths) != list(self.depths) or self.depths[-1] >= len(self.blocks):
-            raise InputError(f"depths {' '.join(map(str, self.depths))}: takes rising numbers below {len(self.blocks)}, CLIP's blocks")
+            raise InputError(f"depths {' '.join(map(str, self.depths))}: takes rising numbers below {len(self.blocks)}, "
+                             "CLIP's blocks")
         self.requires_grad_(False)
         self.positions.requires_grad_(True)                   # the one part of CLIP that is trained
 

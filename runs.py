@@ -242,7 +242,7 @@ def write_checkpoint(run, tensors, **told):
 
 
 def read_file(path):
-    """(name -> tensor, metadata) of a checkpoint file.  Raises InputError if it is damaged; of before November 2026: unread."""
+    """(name -> tensor, metadata) of a checkpoint file.  Raises InputError if it is damaged, or of another format."""
     try:
         with safe_open(path, "pt") as file:
             tensors, told = {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})

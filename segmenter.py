@@ -125,7 +125,7 @@ class Segmenter(nn.Module):
         return {}
 
     def unlogged(self):
-        """{name: tensor} that the next logged line will tell, alike on all processes: a checkpoint keeps it, resuming updates it."""
+        """{name: tensor} that the next line will tell, alike on all processes; a checkpoint keeps it, resuming updates it."""
         return {}
 
     def parts(self):

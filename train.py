@@ -4,7 +4,7 @@
     python train.py --model san                               the baseline on the same images
     python train.py --preset coco --data DIR                  the paper's recipe: COCO-Stuff, or a folder of yours
     torchrun --nproc_per_node=3 train.py --preset coco --data DIR
-    python train.py --resume runs/world-pat-0                 go on where it stopped, as if it never had
+    python train.py --resume runs/world-pat-0                 go on where it stopped, as if it never had (guards/)
     python train.py --ablate no-mixer --out runs/no-mixer     a row of the paper's Table II; all: studies/ablations.py
     python train.py --set w_rec=1 --set scales=2,2,1          any other number, by its name
 
@@ -172,8 +172,8 @@ def forget(optimizers, new):
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
-CHANGEABLE = ("steps", "accumulate", "lr", "warmup", "weight_decay", "grad_clip", "precision", "workers", "log_every", "save_every",
-              "save_minutes", "stop_at", "val_data", "val_images")        # what a run may go on with otherwise
+CHANGEABLE = ("steps", "accumulate", "lr", "warmup", "weight_decay", "grad_clip", "precision", "workers", "log_every",
+              "save_every", "save_minutes", "stop_at", "val_data", "val_images")              # on resuming
 
 
 def load_training(run):
@@ -205,7 +205,7 @@ def open_log(run, config, names, start):
     What the run goes on with otherwise is added to config.json's "changes", with the step.
     """
     now, before = flat(config), read_config(run) if start else {}
-    new = {name: now[name] for name in CHANGEABLE if start and name in before and now[name] != before[name] and name != "stop_at"}
+    new = {name: now[name] for name in CHANGEABLE if now[name] != before.get(name, now[name]) and name != "stop_at"}
     changes = before.get("changes", []) + ([{"step": start, **new}] if new else [])
     write_files({run / "config.json": json.dumps(now | ({"changes": changes} if changes else {}), indent=1) + "\n",
                  run / "names.txt": "".join(name + "\n" for name in names)})
@@ -231,10 +231,10 @@ def check_recipe(config, processes):
                          f"accumulation steps; the nearest that can is {max(1, round(recipe.batch / parts)) * parts}")
 
 
-def train(config, resume=False, device="cpu", asked=lambda: 0):
+def train(config, resume=False, device="cpu", asked=None):
     """Train as `config` (a Training) says, then score and draw.  Returns the run directory.
 
-    asked() -> 0, or the number of the signal that asks to stop: then it saves after the step, and raises Stopped.
+    asked: a Stopping that listens for signals, or None; asked to stop, it saves after the step and raises Stopped.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     main, recipe = rank == 0, config.recipe
@@ -243,15 +243,17 @@ def train(config, resume=False, device="cpu", asked=lambda: 0):
     # ---- data, model, optimiser ----
     from guards.locking import locked                         # here: what a run of days needs, and files, are not the loop's
     from guards.starting import rehearse, warm_start
-    from guards.stopping import Stopped
+    from guards.stopping import Stopped, Stopping
     from published.images_of import training_set
+    asked = asked or Stopping()                               # one that does not listen
     dataset = model_class(config.run.model).dataset(config.run) or training_set(config.run)
     dataset.draw(config.run.seed, 0)                          # a dataset that cannot be read at all speaks up here
     torch.manual_seed(config.run.seed)
     model = build(config.run).to(device).train()
     notes = model.notes(device)
     began = warm_start(model, recipe.init) if recipe.init and not resume else ""
-    optimizers, local = model.optimizers(parameter_groups(model, recipe), recipe), recipe.batch // (processes * recipe.accumulate)
+    optimizers = model.optimizers(parameter_groups(model, recipe), recipe)
+    local = recipe.batch // (processes * recipe.accumulate)
     text = model.vlm.embed_text(dataset.train_names)
     drawn = [Stream(dataset, config, 0, 0, 1)[j] for j in range(local)]
     rehearse(model, config, lambda: gradients(model, text, [default_collate(drawn)], config))
@@ -291,7 +293,7 @@ def train(config, resume=False, device="cpu", asked=lambda: 0):
         forget(optimizers, model.after_step(remembered, step, config) or {})
         # ---- end of the step ----
 
-        if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps:    # where it is only stopped, the next line waits
+        if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps:                # a stop has no line of its own
             line = {"step": step, "lr": learning_rate(recipe, step), "grad_norm": norm.item()}
             line.update({name: summed(value).item() / processes for name, value in terms.items()})
             line["ms_per_step"] = 1000 * (time.perf_counter() - since) / (step + 1 - before)
@@ -306,11 +308,12 @@ def train(config, resume=False, device="cpu", asked=lambda: 0):
         if main and ((step + 1) % recipe.save_every == 0 or step + 1 == stop or due or stopped):
             save_checkpoint(run, model, optimizers, step + 1)
             saved = time.monotonic()
-        if stopped and step + 1 < stop:
+        if stopped:
             bar.close()
             if main:
                 print(f"asked to stop: {step + 1} of {recipe.steps} steps are saved; go on with: python train.py --resume {run}")
             raise Stopped(asked() or signal.SIGTERM)
+    asked.end()                                               # scores and pictures need not be finished
     if main:
         log.close()
         lock.close()
@@ -385,7 +388,7 @@ def parse(argv=None):
 
     Raises InputError for an unknown flag or number, naming the closest, or for a value of the wrong kind.
     """
-    parser, argv = parser_of(), sys.argv[1:] if argv is None else argv
+    parser, own, argv = parser_of(), argv is None, sys.argv[1:] if argv is None else argv
     for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
         if flag not in parser._option_string_actions and (now := replaced(flag)):
             raise InputError(f"{flag} is now {now}")
@@ -415,8 +418,9 @@ def parse(argv=None):
         if config.run.net.clip.vlm in (began.vlm, re.sub("-(quick)?gelu$", "", began.vlm)):
             config = changed(config, vlm=began.vlm, pretrained=began.pretrained)
     run = place_of(config)
-    goes_on = (resume or "TORCHELASTIC_RUN_ID" in os.environ) and (run / CHECKPOINTS[0]).exists() and not (run / "scores.json").exists()
-    if goes_on:                                               # the same command again is the same run: torchrun restarts like that
+    again = resume or own and "TORCHELASTIC_RUN_ID" in os.environ                         # torchrun gives a command again
+    goes_on = again and (run / CHECKPOINTS[0]).exists() and not (run / "scores.json").exists()
+    if goes_on:
         from guards.starting import same_run
         same_run(run, load_training(run), config, CHANGEABLE)
     return config, bool(goes_on), device
@@ -431,9 +435,9 @@ def main():
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-    from guards.stopping import stopping
+    from guards.stopping import Stopping
     try:
-        with stopping() as asked:
+        with Stopping() as asked:
             train(config, resume, device, asked)
     finally:
         if dist.is_initialized():

@@ -1,11 +1,12 @@
 """Signals: a training that is told to end finishes its step, saves, says how to go on, and ends with 128 + the signal.
 
-    with stopping() as asked:            SIGTERM (kill, a queue's time limit), SIGHUP (a closed terminal), Ctrl-C
+    with Stopping() as asked:            SIGTERM (kill, a queue's time limit), SIGHUP (a closed terminal), Ctrl-C
         for step in ...:
             if asked():                  0, or the number of the signal that came
-                save, and raise Stopped(asked(), "stopped after ...")
+                save, and raise Stopped(asked())
+        asked.end()                      training is over: from here on a signal ends the program at once
 
-The second signal ends the program at once, as if nobody had listened.  Under torchrun the agent hands signals on to its
+The second signal, too, ends the program at once, as if nobody had listened.  Under torchrun the agent hands signals on to its
 processes; train.py sums what each was asked, so that all stop after the same step.
 
 # ours: all of it; the exit status is the shell's convention.
@@ -15,7 +16,6 @@ Tests: tests/guards/test_stopping.py.  Read next: locking.py.
 
 import os
 import signal
-from contextlib import contextmanager
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name))
 
@@ -27,20 +27,30 @@ class Stopped(SystemExit):
         super().__init__(128 + signum)
 
 
-@contextmanager
-def stopping():
-    """Listen to SIGNALS inside the block; gives `asked() -> int`, 0 until one came.  Only in the main thread."""
-    came = []
+class Stopping:
+    """Listens to SIGNALS until `end`, or until its block is left; calling it gives 0 until one came.  Main thread only."""
 
-    def heard(signum, frame):
-        if came:                                              # the second one: whoever sends it does not want to wait
+    def __init__(self):
+        self.came, self.before = 0, {}
+
+    def __call__(self):
+        return self.came
+
+    def __enter__(self):
+        self.before = {signum: signal.signal(signum, self.heard) for signum in SIGNALS}
+        return self
+
+    def heard(self, signum, frame):
+        if self.came:                                         # the second one: whoever sends it does not want to wait
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        came.append(signum)
+        self.came = signum
 
-    before = {signum: signal.signal(signum, heard) for signum in SIGNALS}
-    try:
-        yield lambda: came[0] if came else 0
-    finally:
-        for signum, handler in before.items():
+    def end(self):
+        """Whoever listened before listens again."""
+        for signum, handler in self.before.items():
             signal.signal(signum, handler)
+        self.before = {}
+
+    def __exit__(self, *error):
+        self.end()

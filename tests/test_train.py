@@ -23,7 +23,7 @@ import san
 import train
 from cli import InputError
 from data import PADDING
-from guards.stopping import Stopped
+from guards.stopping import Stopped, Stopping
 from published.images_of import training_set
 from runs import build, changed, flat, load_config, load_run, model_class, read_checkpoint, trained_state
 from tests.helpers import TINY, TINY_OF, encoded, micro_batches, pack, picture, tiny
@@ -523,12 +523,13 @@ def test_it_saves_by_the_clock_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_never_had(tmp_path, signum, capsys):
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_never_had(tmp_path, signum, capsys, monkeypatch):
     """Asked in its second step: two steps are saved, and with the rest they equal a run that nobody disturbed."""
     whole = train.train(tiny("san", steps=4, out=str(tmp_path / "whole")))
-    heard = iter([0, *[signum] * 9])
+    asked, heard = Stopping(), iter([0, *[signum] * 9])
+    monkeypatch.setattr(Stopping, "__call__", lambda self: next(heard) if self is asked else 0)
     with pytest.raises(Stopped) as stopped:
-        train.train(tiny("san", steps=4, save_every=100, out=str(tmp_path / "run")), asked=lambda: next(heard))
+        train.train(tiny("san", steps=4, save_every=100, out=str(tmp_path / "run")), asked=asked)
     assert stopped.value.code == 128 + signum and "2 of 4 steps are saved; go on with: python train.py --resume" in capsys.readouterr().out
     train.train(tiny("san", steps=4, save_every=100, out=str(tmp_path / "run")), resume=True)
     (a, _), (b, _) = read_checkpoint(whole), read_checkpoint(tmp_path / "run")

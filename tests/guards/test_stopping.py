@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from guards.stopping import SIGNALS, Stopped, stopping
+from guards.stopping import SIGNALS, Stopped, Stopping
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_the_first_signal_asks_and_afterwards_all_is_as_before(signum):
     before = signal.getsignal(signum)
-    with stopping() as asked:
+    with Stopping() as asked:
         assert asked() == 0
         os.kill(os.getpid(), signum)
         assert asked() == signum
@@ -29,8 +29,8 @@ def test_the_second_signal_ends_the_program_at_once():
     """A program that hears the first and would go on for a minute: killed by the second, so its status is minus the signal."""
     program = """
 import time
-from guards.stopping import stopping
-with stopping():
+from guards.stopping import Stopping
+with Stopping():
     print(flush=True)
     time.sleep(30)
     time.sleep(30)
@@ -43,3 +43,11 @@ with stopping():
     assert run.poll() is None
     run.send_signal(signal.SIGTERM)
     assert run.wait(10) == -signal.SIGTERM and time.monotonic() - began < 10
+
+
+def test_once_training_is_over_one_signal_ends_the_program():
+    """Scores and pictures take minutes: who asks once then need not ask twice."""
+    before = signal.getsignal(signal.SIGTERM)
+    with Stopping() as asked:
+        asked.end()
+        assert signal.getsignal(signal.SIGTERM) is before

@@ -46,10 +46,10 @@ MUTATIONS = [
     Mutation(CLIP, "CLIP's blocks in any order", "if sorted(self.depths) != list(self.depths) or", "if"),
 
     # ---- signals ----
-    Mutation(STOPPING, "the second signal is not heard", "        if came:  ", "        if False:  "),
+    Mutation(STOPPING, "the second signal is not heard", "        if self.came:  ", "        if False:  "),
     Mutation(STOPPING, "afterwards nobody can interrupt", "            signal.signal(signum, handler)\n", "            pass\n"),
     Mutation(STOPPING, "the status is the signal", "super().__init__(128 + signum)", "super().__init__(signum)"),
-    Mutation(TRAIN, "asked to stop, it goes on", "if stopped and step + 1 < stop:", "if False:"),
+    Mutation(TRAIN, "asked to stop, it goes on", "        if stopped:\n", "        if False:\n"),
     Mutation(TRAIN, "asked to stop, it does not save", "or due or stopped):", "or due):"),
     Mutation(TRAIN, "the clock saves nothing", "step + 1 == stop or due or", "step + 1 == stop or"),
     Mutation(TRAIN, "the clock runs from the start", "            saved = time.monotonic()\n", ""),
@@ -58,7 +58,7 @@ MUTATIONS = [
     # ---- the same command again ----
     Mutation(LOCKING, "anybody may write", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     Mutation(LOCKING, "who failed never comes back", "    if run in HELD:\n        HELD.pop(run).close()\n", ""),
-    Mutation(TRAIN, "restarted workers begin anew", '(resume or "TORCHELASTIC_RUN_ID" in os.environ)', "resume"),
+    Mutation(TRAIN, "restarted workers begin anew", 'again = resume or own and "TORCHELASTIC_RUN_ID" in os.environ', "again = resume"),
     Mutation(TRAIN, "it goes on with another run", "        same_run(run, load_training(run), config, CHANGEABLE)\n", "        pass\n"),
     Mutation(TRAIN, "a finished run is gone on with", ' and not (run / "scores.json").exists()', ""),
     Mutation(TRAIN, "anything may change on the way", "- {*CHANGEABLE})", "- set(leaves(config)))"),
