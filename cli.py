@@ -28,6 +28,9 @@ import torch
 from PIL import Image
 
 
+MOST_NAMES = 30_000                    # in one list of class names: ImageNet has 21,841
+
+
 class InputError(Exception):
     """Something the user gave cannot be used.  The message is one line: where, what is wrong, what to do."""
 
@@ -147,10 +150,13 @@ def parse_names(given, where="--labels", item="name"):
     names = tuple(name.strip() for name in parts)
     if not any(names):
         raise InputError(f"{where}: holds no class names; give at least one, such as: striped boat, grass")
+    if len(names) > MOST_NAMES:
+        raise InputError(f"{where}: holds {len(names):,} names; at most {MOST_NAMES:,} (cli.MOST_NAMES)")
+    known = {}
     for k, name in enumerate(names, 1):
         if not name:
             raise InputError(f"{where}: {item} {k} is blank; remove it, or write the class name that belongs there")
-        first = names.index(name) + 1
+        first = known.setdefault(name, k)
         if first < k:
             raise InputError(f"{where}: {item} {k} repeats {item} {first}, {name!r}; remove either")
     return names

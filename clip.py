@@ -43,6 +43,7 @@ from cli import InputError, number, tensors_checksum
 # B, H, W, C, Q, L: see hsattn.py; h, w CLIP's grid, P = h*w patches; E the width of the joint space.
 
 SMALL_TOWER = 10_000_000               # parameters; a smaller text tower, such as the world's, is not worth a file
+KEPT = 32                              # lists of names whose rows stay in memory
 CLS_BLOCK = -100.0                                            # copy -> cls: as good as -inf, and finite like SAN's
 TEMPLATES = (                                          # SAN's 14 sentences (`vild`), punctuation as published
     "a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene", "There is the {} in the scene",
@@ -185,10 +186,12 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def embed_text(self, names):
-        """names (L strings) -> (L,E) unit: `text_rows`, kept in memory, and on disk unless the tower is small."""
+        """names (L strings) -> (L,E) unit: `text_rows`, the last KEPT lists in memory, all on disk unless the tower is small."""
         names, device = tuple(names), self.positions.device
         key = self.text_key(names)
         if (key, device) not in self.cache:
+            for oldest in list(self.cache)[:1 - KEPT]:        # whoever asks for other words all day
+                del self.cache[oldest]
             if sum(p.numel() for p in self.tower().values()) < SMALL_TOWER:
                 rows = self.text_rows(names)
             else:

@@ -30,12 +30,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cli import InputError, parse_names
+from cli import MOST_NAMES, InputError, parse_names
 
 IGNORE = -1                                            # ours: one value for every dataset, below every class id
 PADDING = -2                                           # in training only: not even a pixel; a model sees IGNORE there
 MEAN = (0.48145466, 0.4578275, 0.40821073)             # CLIP's, RGB, of values in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
+MOST_PIXELS = 10**8                    # of a picture or a label: what a header claims is asked before memory is taken
+Image.MAX_IMAGE_PIXELS = None          # PIL's own bound is a warning first: `opened` holds to the one above instead
 TRAIN, VAL, ORDER, AUGMENT = range(4)      # the middle word of a key (seed, word, n): no two uses share a generator
 
 
@@ -71,6 +73,8 @@ def names_checksum(names, raw=None):
 def read_classes(path):
     """Class names of a classes.txt: line k names class k - 1.  InputError if missing, not text, blank or doubled."""
     try:
+        if path.stat().st_size > 100 * MOST_NAMES:
+            raise InputError(f"{path}: {path.stat().st_size:,} bytes are no list of at most {MOST_NAMES:,} names (cli.MOST_NAMES)")
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); write one name per line, in order of ids") from error
@@ -93,6 +97,13 @@ def to_unit(tensor):
     return tensor * tensor.new_tensor(STD).view(3, 1, 1) + tensor.new_tensor(MEAN).view(3, 1, 1)
 
 
+def bounded(path, width, height):
+    """Raises InputError for a picture at `path` of more than MOST_PIXELS."""
+    if width * height > MOST_PIXELS:
+        raise InputError(f"{path}: says it has {width}x{height} pixels, and a picture may have {MOST_PIXELS / 1e6:.0f} "
+                         "megapixels (data.MOST_PIXELS); shrink it")
+
+
 @contextmanager
 def opened(path):
     """The PIL image at `path`; inside this block, whatever PIL says about the file becomes an InputError.
@@ -103,6 +114,7 @@ def opened(path):
         source = Path(path) if isinstance(path, str) else path
         # Through a stream: Pillow (13.0) maps a TIFF that it is given by name, and scrambles it if it is to be rotated.
         with source.open("rb") as stream, Image.open(stream) as file:
+            bounded(path, *file.size)
             yield file
     except InputError:
         raise

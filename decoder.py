@@ -15,7 +15,7 @@ decoder stays light.  One mask head serves both supervised outputs: after the la
 # paper: Eq. 3, SPADE conditions per stage, DySample, cross-attention of the queries at each stage, two heads.
 # ours: pre-norm transformer blocks with two SPADEs each; spatial-reduction attention; pooling for the
 #       bias; MLP heads as SAN's; one LN before the heads.
-# differs: GELU in SPADE for its ReLU.
+# differs: leaky ReLU in SPADE for its ReLU.
 
 Maps inside this file are (B,h,w,c), channels last: linears, norms and attention read them as they are.
 Demo: `python decoder.py` up-samples a disc with DySample.  Tests: tests/test_decoder.py.  Read next: pat.py.
@@ -79,7 +79,7 @@ def on_map(module, y):
 class SPADE(nn.Module):
     """norm(x) * (1 + gamma(c)) + beta(c), both by two convolutions of c.
 
-    With GELU between: SPADE's own ReLU dies at our rates, unit by unit, until nobody reads what the stage says
+    Leaky between: SPADE's own ReLU dies at our rates, unit by unit, until nobody reads what the stage says
     (docs/results.md).
     """
 
@@ -90,7 +90,7 @@ class SPADE(nn.Module):
 
     def forward(self, x, c):
         """x and c (B,h,w,c) -> (B,h,w,c)"""
-        gamma, beta = on_map(self.gamma_beta, F.gelu(on_map(self.shared, c))).chunk(2, -1)
+        gamma, beta = on_map(self.gamma_beta, F.leaky_relu(on_map(self.shared, c), 0.2)).chunk(2, -1)
         return F.layer_norm(x, x.shape[-1:]) * (1 + gamma) + beta
 
 

@@ -182,6 +182,12 @@ def paint(index, colours):
     return np.concatenate([colours, np.zeros((1, 3), np.uint8)])[np.asarray(index)]
 
 
+def fitting(picture, width, tallest=3):
+    """(h,w) at which a picture is drawn: `width` wide, or narrower where it would be over `tallest` times as high."""
+    h, w = picture.shape[:2]
+    return (max(1, h * width // w), width) if h <= tallest * w else (tallest * width, max(1, tallest * width * w // h))
+
+
 def resize(picture, size, smooth=False):
     """picture (h,w,3) uint8 -> (H,W,3) uint8, size (H,W): nearest, so that every token stays one flat square."""
     how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST

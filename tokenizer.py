@@ -36,7 +36,7 @@ from safetensors.torch import save
 from torch import nn
 
 from cli import InputError, check_device, parse_flags, run_cli, tensors_checksum, write_files
-from data import read_image, resize_short, to_tensor
+from data import bounded, read_image, resize_short, to_tensor
 from pat import PAT, PYRAMID, STAGES, PATConfig, TokenPyramid
 from runs import changed, filled, flat, load_run
 from vq import codebook_health
@@ -249,6 +249,18 @@ def open_tokenizer(run, device="cpu"):
 # fingerprint str  of the tokenizer                          STEM.STAGE (h,w) smallest unsigned type that holds K - 1
 
 
+MOST_ENCODED = 4096**2                 # pixels of an image as it is encoded: CLIP and the side ViT look at all of it at once
+MOST_SIDE = 4096                       # pixels of --short-side
+MOST_BYTES = 2**28                     # of all tokens in one file, unpacked; eight times as many in memory
+
+
+def encodable(where, h, w):
+    """Raises InputError for more than MOST_ENCODED pixels."""
+    if h * w > MOST_ENCODED:
+        raise InputError(f"{where}: {h}x{w} pixels are more than can be encoded at once, {MOST_ENCODED / 1e6:.1f} megapixels "
+                         "(tokenizer.MOST_ENCODED); give a smaller --short-side")
+
+
 def same_file(a, b):
     return os.path.realpath(a) == os.path.realpath(b)
 
@@ -268,14 +280,15 @@ def encode_files(paths, out, tokenizer, short_side=None):
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise InputError(f"--out {out}: give a name ending in .npz in an existing folder")
     short = c.clip.short_side if short_side is None else short_side
-    if short < 0:
-        raise InputError(f"--short-side {short}: takes a number of pixels, or 0 for each photo's own size")
+    if not 0 <= short <= MOST_SIDE:
+        raise InputError(f"--short-side {short}: takes a number of pixels up to {MOST_SIDE}, or 0 for each photo's own size")
     arrays = {"fingerprint": np.array(tokenizer.fingerprint()), "names": np.array([path.name for path in paths])}
     sizes, crops, device = [], [], tokenizer.vlm.positions.device
     for path in paths:
         picture = read_image(path)                                                        # (H,W,3) uint8
         small = resize_short(picture, short, c.clip.long_side * short // c.clip.short_side) if short else picture
         (H, W), (h, w) = picture.shape[:2], small.shape[:2]
+        encodable(path, h, w)
         tokens = 0
         for stage, index in tokenizer.encode(to_tensor(small)[None].to(device)).items():
             smallest = np.min_scalar_type(len(tokenizer.counts[stage]) - 1)
@@ -300,6 +313,9 @@ def read_tokens(path, tokenizer):
     """
     try:
         with np.load(path, allow_pickle=False) as file:
+            size = sum(member.file_size for member in file.zip.infolist())
+            if size > MOST_BYTES:
+                raise ValueError(f"it unpacks to {size:,} bytes, and MOST_BYTES are {MOST_BYTES:,}: encode into several")
             arrays = {key: file[key] for key in file.files}
         names, sizes, crops = (arrays[key].astype(kind).tolist()
                                for key, kind in (("names", str), ("sizes", np.int64), ("crops", np.int64)))
@@ -311,12 +327,17 @@ def read_tokens(path, tokenizer):
         images = [{stage: torch.from_numpy(arrays[f"{stem}.{stage}"].astype(np.int64))[None]
                    for stage in STAGES if f"{stem}.{stage}" in arrays} for stem, _, _ in found]
         fingerprint = str(arrays["fingerprint"])
+        used = {"fingerprint", "names", "sizes", "crops", *(f"{stem}.{stage}" for stem, *_ in found for stage in STAGES)}
+        if arrays.keys() - used:
+            raise ValueError(f"{min(arrays.keys() - used)!r} belongs to no image of it")
     except Exception as error:                                # zip, zlib, numpy and the file system each have their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a readable file of tokens ({reason}); if truncated, encode again") from error
     if fingerprint != tokenizer.fingerprint():
         raise InputError(f"{path}: was encoded by another tokenizer; give its run or its file with --run")
-    for (stem, _, crop), indices in zip(found, images):
+    for (stem, size, crop), indices in zip(found, images):
+        bounded(f"{path}: {stem}", *size)
+        encodable(f"{path}: {stem}", *crop)
         tokenizer.check(indices)
         shapes = {stage: tuple(index.shape[1:]) for stage, index in indices.items()}
         if shapes != tokenizer.grids(*crop):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from cli import InputError, check_device, choice, number, parse_flags, run_cli, write_files
 from data import IGNORE, PADDING
-from runs import (CHECKPOINTS, MODELS, RENAMED, RunConfig, build, changed, closest, filled, flat, leaves, load_checkpoint,
+from runs import (CHECKPOINTS, MODELS, RunConfig, build, changed, closest, filled, flat, leaves, load_checkpoint,
                   load_config, model_class, parse_value, preset, read_config, save_checkpoint)
 from san import trainable
 from segmenter import Batch, summed
@@ -367,22 +367,6 @@ def settings(config, pairs):
     return numbers
 
 
-GONE = {"from-scratch": "python -m world.pretrain --train, then --pretrained FILE",      # flags of before November 2026
-        "ablations": "python -m studies.ablations", "seeds": "python -m studies.seeds --seeds"}
-
-
-def replaced(flag):
-    """What does the work of a flag that there was, but is no more: an ablation, a number; "" for any other."""
-    word = flag.removeprefix("--")
-    name = RENAMED.get(word, word).replace("-", "_")
-    for model in MODELS:
-        if word in model_class(model).ABLATIONS:
-            return f"--ablate {word}"
-        if name in leaves(recipe("world", model)):
-            return f"--set {name}=..."
-    return GONE.get(word, "")
-
-
 def parse(argv=None):
     """(config, resume, device) from the command line.
 
@@ -390,8 +374,10 @@ def parse(argv=None):
     """
     parser, own, argv = parser_of(), argv is None, sys.argv[1:] if argv is None else argv
     for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
-        if flag not in parser._option_string_actions and (now := replaced(flag)):
-            raise InputError(f"{flag} is now {now}")
+        if flag not in parser._option_string_actions:
+            from guards.flags import replaced
+            if now := replaced(flag, {model: recipe("world", model) for model in MODELS}):
+                raise InputError(f"{flag} is now {now}")
     args = {name: text for name, text in vars(parse_flags(parser, argv)).items() if text}
     device, pairs, resume = args.pop("device"), args.pop("set", []), args.pop("resume", "")
     check_device(device)

@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 from cli import InputError
 
+MOST_BYTES = 2**30                     # of one image or label, packed or unpacked
+
 
 class Member(NamedTuple):
     """A file inside a zip or tar; open(), name and str() are those of a Path."""
@@ -40,6 +42,8 @@ class Member(NamedTuple):
     def open(self, mode="rb"):
         """The bytes as a stream.  Raises InputError if the archive is not what its table of contents says."""
         try:
+            if self.size > MOST_BYTES:
+                raise ValueError(f"it says it has {self.size:,} bytes")
             with open(self.archive, "rb") as file:
                 file.seek(self.offset)
                 if self.method is not None:
@@ -51,7 +55,10 @@ class Member(NamedTuple):
             if len(data) < self.size:
                 raise ValueError("the archive is cut short")
             if self.method == 8:
-                data = zlib.decompress(data, -15)                                       # a bare deflate stream
+                stream = zlib.decompressobj(-15)                                        # a bare deflate stream
+                data = stream.decompress(data, MOST_BYTES)
+                if not stream.eof:
+                    raise ValueError(f"it breaks off, or unpacks to more than {MOST_BYTES:,} bytes")
             if self.method is not None and zlib.crc32(data) != self.crc:
                 raise ValueError("the checksum is wrong")
         except (OSError, ValueError, struct.error, zlib.error) as error:

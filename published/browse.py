@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from cli import InputError, parse_flags, run_cli, write_files
 from data import IGNORE, colour_label, palette, read_classes
+from predict import fitting
 from published.datasets import SETS, NotFound, find, open_dataset, open_shelf
 from published.folder import layout
 
@@ -74,7 +75,7 @@ def label_sheet(dataset, count=8, width=320):
     for i in np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)):
         image, label = dataset.read(i)
         pixels += np.bincount(label[label != IGNORE], minlength=len(pixels))
-        size = width, max(1, round(width * image.shape[0] / image.shape[1]))
+        size = fitting(image, width)[::-1]
         left = Image.fromarray(image).resize(size)
         right = Image.fromarray(colour_label(label)).resize(size, Image.NEAREST)
         rows.append(Image.fromarray(np.hstack((left, right))))

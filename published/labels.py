@@ -16,6 +16,7 @@ Tests: tests/published/test_labels.py.  Read next: datasets.py.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +24,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.io import loadmat
+from scipy.io import loadmat, whosmat
 
 from cli import InputError
-from data import opened
+from data import bounded, opened
 
 # H, W an image's height and width.
 
@@ -62,6 +63,9 @@ def read_mat(source):
     """Pascal Context's LabelMap, (H,W) int64 of 0..459.  Raises InputError unless it was stored as uint16."""
     try:
         with source.open("rb") as stream:
+            for name, shape, _ in whosmat(stream):            # what its headers say, before anything is unpacked
+                bounded(f"{source} ({name})", math.prod(shape), 1)
+            stream.seek(0)
             labels = loadmat(stream, variable_names=["LabelMap"])["LabelMap"]
     except InputError:
         raise
@@ -130,6 +134,7 @@ def paint(source):
 
     Run lengths count down the columns, zeros first: [1, 2, 3] of a 2x3 mask is [[0, 1, 0], [1, 0, 0]].
     """
+    bounded(source, source.width, source.height)
     label = np.zeros(source.width * source.height, np.int64)                             # column after column
     for category, segmentation in source.masks:
         try:

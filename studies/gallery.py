@@ -37,7 +37,7 @@ from data import IGNORE, palette, read_image, resize_short, to_tensor, to_unit
 from eval import psnr
 from hsattn import mean_shift
 from kernels.cpu import nearest
-from predict import check_picture, overlay, paint, resize, segment, spread, to_image, tokenize, unpad
+from predict import check_picture, fitting, overlay, paint, resize, segment, spread, to_image, tokenize, unpad
 from published.images_of import scored_on
 from runs import changed, load_config, load_run, model_class
 from studies.circle import eq1, modes, number_modes
@@ -220,8 +220,8 @@ def pyramid(model, shown, cell=176):
 
 def named(picture, prediction, names, width=448):
     """The picture (H,W,3) `width` wide, tinted by name (H,W), with the names written on it."""
-    size = max(1, round(picture.shape[0] * width / picture.shape[1])), width
-    shrinks = picture.shape[1] > width
+    size = fitting(picture, width)
+    shrinks = picture.shape[1] > size[1]
     picture, prediction = resize(picture, size, smooth=shrinks), np.asarray(prediction)
     prediction = np.asarray(Image.fromarray(prediction.astype(np.int32)).resize(size[::-1], Image.Resampling.NEAREST))
     return write_names(overlay(picture, prediction, palette(len(names)), 0.5), prediction, names)

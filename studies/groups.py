@@ -30,7 +30,7 @@ import torch
 
 from cli import InputError, parse_flags, run_cli, write_files
 from data import palette
-from predict import name_pixels, overlay, pad, resize, segment, spread, unpad
+from predict import fitting, name_pixels, overlay, pad, resize, segment, spread, unpad
 from published.images_of import scored_on
 from runs import build, load_config, load_run, model_class
 from segmenter import Answer, identity
@@ -109,7 +109,7 @@ def draw_groups(model, samples, names, beside=None, cell=208):
     text, rows, captions = model.vlm.embed_text(names), [], []
     for sample in samples:
         original = sample["original"]
-        picture = resize(original, (max(1, round(original.shape[0] * cell / original.shape[1])), cell))
+        picture = resize(original, fitting(original, cell))
         chain, grid, sizes = chain_of(model, sample["image"])
         for who, net, own in (("", model, chain), ("beside", beside, None)):
             if who and net is not None:

@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from cli import InputError
 from data import palette
-from predict import UNNAMED, paint, resize, segment, to_image
+from predict import UNNAMED, fitting, paint, resize, segment, to_image
 
 INK = palette(27)[[6, 26, 7, 8, 17, 24, 15, 25, 16]]          # the palette's dark colours, for lines and text on white
 GREY = (110, 110, 110)
@@ -119,8 +119,7 @@ def contact_sheet(rows, titles, cell=192, captions=None, gap=4):
 
     captions: a list of str for each row, one under each picture, "" for none.
     """
-    heights = [max(picture.shape[0] * cell // picture.shape[1] for picture in row if picture is not None)
-               for row in rows]
+    heights = [max(fitting(picture, cell)[0] for picture in row if picture is not None) for row in rows]
     below = 0 if captions is None else 18
     sheet = Image.new("RGB", (gap + len(titles) * (cell + gap), 24 + sum(heights) + (gap + below) * len(rows)), "white")
     draw, y = ImageDraw.Draw(sheet), 24
@@ -131,8 +130,8 @@ def contact_sheet(rows, titles, cell=192, captions=None, gap=4):
         for column, picture in enumerate(row):
             x = gap + column * (cell + gap)
             if picture is not None:
-                size = max(1, picture.shape[0] * cell // picture.shape[1]), cell
-                sheet.paste(Image.fromarray(resize(picture, size, smooth=picture.shape[1] > cell)), (x, y))
+                size = fitting(picture, cell)
+                sheet.paste(Image.fromarray(resize(picture, size, smooth=picture.shape[1] > size[1])), (x, y))
             if captions is not None:
                 text, font = fitted(captions[r][column], cell - 2, 12)
                 draw.text((x + 1, y + height + 1), text, fill=(70, 70, 70), font=font)

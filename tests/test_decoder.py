@@ -211,9 +211,9 @@ def nn_linear(convolution):
 
 
 def spade(x, c, m):
-    """norm(x) * (1 + gamma(c)) + beta(c); gamma and beta from two 3x3 convolutions with a GELU between them."""
+    """norm(x) * (1 + gamma(c)) + beta(c); gamma and beta from two 3x3 convolutions with a leaky ReLU between them."""
     c = F.conv2d(c.permute(0, 3, 1, 2), m.shared.weight, m.shared.bias, padding=1)
-    c = c * (1 + torch.erf(c / 2**0.5)) / 2                   # GELU
+    c = torch.where(c < 0, 0.2 * c, c)
     gamma_beta = F.conv2d(c, m.gamma_beta.weight, m.gamma_beta.bias, padding=1).permute(0, 2, 3, 1)
     gamma, beta = gamma_beta[..., :x.shape[-1]], gamma_beta[..., x.shape[-1]:]
     return normal(x) * (1 + gamma) + beta

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import re
 import signal
 import subprocess
@@ -23,11 +24,12 @@ import san
 import train
 from cli import InputError
 from data import PADDING
+from guards.flags import replaced
 from guards.stopping import Stopped, Stopping
 from published.images_of import training_set
-from runs import build, changed, flat, load_config, load_run, model_class, read_checkpoint, trained_state
+from runs import MODELS, build, changed, flat, load_config, load_run, model_class, read_checkpoint, save_checkpoint, trained_state
 from tests.helpers import TINY, TINY_OF, encoded, micro_batches, pack, picture, tiny
-from train import Recipe, Stream, check_recipe, gradients, learning_rate, parameter_groups, parse, recipe, replaced
+from train import Recipe, Stream, check_recipe, gradients, learning_rate, parameter_groups, parse, recipe
 from world.scenes import World
 
 ROOT = Path(train.__file__).parent
@@ -53,9 +55,9 @@ def process(rank, processes, configs, port, path):
     dist.destroy_process_group()
 
 
-def on_two_processes(configs, path):
-    """What `one_step` gives for each config, on two processes that exchange."""
-    mp.spawn(process, (2, configs, 29000 + os.getpid() % 1000, path), nprocs=2)
+def on_processes(n, configs, path):
+    """What `one_step` gives for each config, on n processes that exchange."""
+    mp.spawn(process, (n, configs, 29000 + os.getpid() % 1000, path), nprocs=n)
     return torch.load(path, weights_only=True)
 
 
@@ -227,8 +229,13 @@ def test_a_run_that_starts_from_another_takes_its_clip(tmp_path):
 def test_two_processes_compute_the_gradient_of_one(tmp_path):
     """A batch of 4 on one process; 2 + 2 on two; 1 + 1 twice on two: every gradient in float64 to 1e-9."""
     whole = one_step(tiny())
-    for parts in on_two_processes([tiny(), tiny(accumulate=2)], tmp_path / "g.pt"):
+    for parts in on_processes(2, [tiny(), tiny(accumulate=2)], tmp_path / "g.pt"):
         same(whole, parts)
+
+
+def test_three_processes_compute_the_gradient_of_one(tmp_path):
+    """A batch of 3 on one process; 1 + 1 + 1 on three."""
+    same(one_step(tiny("san", batch=3)), on_processes(3, [tiny("san", batch=3)], tmp_path / "g.pt")[0])
 
 
 def test_accumulation_computes_the_gradient_of_the_whole_batch():
@@ -426,7 +433,7 @@ def test_every_flag_of_before_is_still_one_or_says_what_replaced_it():
         --restart-after --restart-share --log-every --save-every --no-align""".split()
     kept = """--resume --device --vlm --pretrained --model --preset --seed --data --val-data --kernels --out --init --steps
         --batch --accumulate --lr --precision --workers --stop-at --val-images""".split()
-    assert all(replaced(flag) for flag in gone)
+    assert all(replaced(flag, {model: recipe("world", model) for model in MODELS}) for flag in gone)
     assert set(kept) <= train.parser_of()._option_string_actions.keys()
 
 
@@ -511,6 +518,16 @@ def test_what_no_line_has_told_yet_is_in_the_checkpoint(tmp_path):
         lines.append([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()])
     whole, broken = ({line["step"]: line for line in each} for each in lines)
     assert {**whole[5], "ms_per_step": 0} == {**broken[5], "ms_per_step": 0} and whole[5]["early"]["used"] > 0
+
+
+def test_a_run_whose_folder_is_deleted_ends_in_one_line(tmp_path, monkeypatch):
+    def save(run, *what):
+        shutil.rmtree(run)
+        save_checkpoint(run, *what)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    with pytest.raises(InputError, match="checkpoint.safetensors: cannot be written .No such file or directory.") as error:
+        train.train(tiny("san", steps=3, save_every=1, out=str(tmp_path / "run")))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_it_saves_by_the_clock_too(tmp_path, monkeypatch):

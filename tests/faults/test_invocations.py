@@ -1,4 +1,4 @@
-"""Every command, told something wrong: one line, status 2, nothing written, nothing changed, within seconds.
+"""Every command, told something wrong: one line, status 2, nothing written, nothing changed, within seconds and SIZE.
 
 A case is a command and what is typed after it.  {run}, {pat}, {photo}, ... stand for things that are fine (`place`);
 {bad...} for such as somebody damaged.  A case that ends in any other way is a bug of the command, not of the user.
@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import re
+import resource
 import shutil
 import signal
 import time
@@ -25,6 +26,7 @@ from tests.helpers import save_run, tiny
 from train import FLAGS, recipe
 
 SECONDS = 30                           # at most, on a busy machine; most of them take milliseconds, opening a run takes one
+SIZE = 2**30                           # bytes that a case may add to the most this process ever took
 
 
 # --- a place with everything there may be ----------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def test_what_is_wrong_ends_in_one_line_with_status_two_and_nothing_is_written(c
     typed = [word.format_map(place) for word in re.findall(r"(?:[^\s{]|\{[^}]*\})+", words)]       # {names} may hold blanks
     monkeypatch.setattr("sys.argv", [command, *typed])
     monkeypatch.chdir(place["here"])
-    before, began = what_stands(place["here"]), time.monotonic()
+    before, began, most = what_stands(place["here"]), time.monotonic(), peak()
     signal.signal(signal.SIGALRM, runaway)
     signal.alarm(SECONDS)
     try:
@@ -200,7 +202,12 @@ def test_what_is_wrong_ends_in_one_line_with_status_two_and_nothing_is_written(c
     lines = [line for line in out.err.splitlines() if line.strip() and "image/s" not in line]                 # a progress bar
     assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in out.out, out.err
     assert len(lines[0]) < 600 and what_stands(place["here"]) == before
-    assert time.monotonic() - began < SECONDS
+    assert time.monotonic() - began < SECONDS and peak() - most < SIZE
+
+
+def peak():
+    """The most memory that this process ever took, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def runaway(*_):

@@ -52,9 +52,9 @@ MUTATIONS = [
     # --- decoder.py, Eq. 3 ---
     Mutation("decoder.py", "SPADE scales by gamma, not 1 + gamma", "* (1 + gamma) + beta", "* gamma + beta"),
     Mutation("decoder.py", "gamma and beta swapped", "gamma, beta = on_map", "beta, gamma = on_map"),
-    Mutation("decoder.py", "SPADE without its activation", "F.gelu(on_map(self.shared, c))",
+    Mutation("decoder.py", "SPADE without its activation", "F.leaky_relu(on_map(self.shared, c), 0.2)",
              "on_map(self.shared, c)"),
-    Mutation("decoder.py", "SPADE's own ReLU, which dies", "F.gelu(on_map(self.shared, c))",
+    Mutation("decoder.py", "SPADE's own ReLU, which dies", "F.leaky_relu(on_map(self.shared, c), 0.2)",
              "F.relu(on_map(self.shared, c))"),
     Mutation("decoder.py", "SPADE's norm over the whole map", "F.layer_norm(x, x.shape[-1:])",
              "F.layer_norm(x, x.shape[1:])"),

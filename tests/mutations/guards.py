@@ -6,6 +6,7 @@ RUNS, CLI, TRAIN, CLIP = "runs.py", "cli.py", "train.py", "clip.py"
 STOPPING, LOCKING, STARTING = (f"guards/{name}.py" for name in ("stopping", "locking", "starting"))
 
 RANGE = "tests/test_runs.py -k out_of_range"
+SIZES, SOAK = "tests/faults/test_sizes.py", "tests/faults/soak.py"
 
 MUTATIONS = [
     # ---- a checkpoint ----
@@ -70,4 +71,28 @@ MUTATIONS = [
     Mutation(STARTING, "after a rehearsal dropout is off", "    model.train()\n", "    pass\n"),
     Mutation(STARTING, "nothing is scored in a rehearsal", "            segment(model.eval(), ", "            (lambda *_: None)(model.eval(), "),
     Mutation(STARTING, "memory that does not suffice is a traceback", "(torch.OutOfMemoryError, MemoryError)", "torch.OutOfMemoryError"),
+
+    # ---- sizes ----
+    Mutation("data.py", "a picture of any size", "if width * height > MOST_PIXELS:", "if False:", tests=SIZES),
+    Mutation("data.py", "PIL warns below our bound", "Image.MAX_IMAGE_PIXELS = None", "Image.MAX_IMAGE_PIXELS = 89478485", tests=SIZES),
+    Mutation("data.py", "a list of names of any length is read", "if path.stat().st_size > 100 * MOST_NAMES:", "if False:", tests=SIZES),
+    Mutation(CLI, "any number of names", "if len(names) > MOST_NAMES:", "if False:", tests=SIZES),
+    Mutation(CLIP, "every list of names is kept", "list(self.cache)[:1 - KEPT]", "()", tests=SIZES),
+    Mutation(CLIP, "the newest list goes", "list(self.cache)[:1 - KEPT]", "list(self.cache)[KEPT - 1:]", tests=SIZES),
+    Mutation("published/labels.py", "a .mat of any size is unpacked", 'bounded(f"{source} ({name})", math.prod(shape), 1)', "pass", tests=SIZES),
+    Mutation("published/labels.py", "masks of any size are painted", "    bounded(source, source.width, source.height)\n", "", tests=SIZES),
+    Mutation("published/archives.py", "a member of any size is read", "if self.size > MOST_BYTES:", "if False:", tests=SIZES),
+    Mutation("published/archives.py", "a member of any size is unpacked", "stream.decompress(data, MOST_BYTES)", "stream.decompress(data)", tests=SIZES),
+    Mutation("predict.py", "a picture is as high as it is", "if h <= tallest * w else", "if True else", tests=SIZES),
+    Mutation("tokenizer.py", "tokens of any number are unpacked", "if size > MOST_BYTES:", "if False:", tests=SIZES),
+    Mutation("tokenizer.py", "what no image has is kept", "if arrays.keys() - used:", "if False:", tests=SIZES),
+    Mutation("tokenizer.py", "a picture of any size is drawn", '        bounded(f"{path}: {stem}", *size)\n', "", tests=SIZES),
+    Mutation("tokenizer.py", "an image of any size is decoded", '        encodable(f"{path}: {stem}", *crop)\n', "", tests=SIZES),
+    Mutation("tokenizer.py", "an image of any size is encoded", "        encodable(path, h, w)\n", "", tests=SIZES),
+    Mutation("tokenizer.py", "any short side", "if not 0 <= short <= MOST_SIDE:", "if short < 0:", tests=SIZES),
+
+    # ---- the soak ----
+    Mutation(SOAK, "the start counts as growth", "samples[fifth:2 * fifth]", "samples[:fifth]"),
+    Mutation(SOAK, "children are not counted", "for one in family(pid):", "for one in [pid]:"),
+    Mutation(SOAK, "whoever ends is watched on", "if process.poll() is not None:", "if False:"),
 ]
