@@ -97,10 +97,12 @@ class Shelf:
                 else:
                     with tarfile.open(archive, "r:") as file:
                         members = [Member(archive, i.name, i.offset_data, i.size) for i in file if i.isfile()]
-                        file.fileobj.seek(-1024, os.SEEK_END)
-                        if any(file.fileobj.read()):               # a whole tar ends in two empty blocks
+                        file.fileobj.seek(file.offset)             # tarfile ends at a damaged header as at the last member
+                        rest = file.fileobj.read(2**20)
+                        if len(rest) < 1024 or rest.strip(b"\0"):  # a whole tar ends in two empty blocks
                             raise ValueError("no end of the archive")
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile, tarfile.TarError, struct.error) as error:
+            except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError,
+                    struct.error) as error:                        # not implemented: a version no zip has
                 raise InputError(f"{archive}: cannot be read ({error}), as if the download had stopped; download it "
                                  "again, or move it away") from error
             self.tables[archive] = {member.name.removeprefix("./"): member for member in members}

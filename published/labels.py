@@ -18,6 +18,7 @@ Tests: tests/published/test_labels.py.  Read next: datasets.py.
 import json
 import math
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,21 @@ from data import bounded, opened
 
 
 # ---- one file, one label ----
+@contextmanager
+def whole(path):
+    """`opened`, and a PNG's checksums are right: PIL does not look at those of the pixels where it reads them."""
+    with opened(path) as file:
+        file.verify()
+    with opened(path) as file:
+        yield file
+
+
 def read_label(path):
     """The class ids at `path` as (H,W) int64, exactly as stored: grey values, or palette indices; 8 or 16 bits.
 
     Raises InputError if the file is missing, broken or truncated, or holds anything but whole, unaltered indices.
     """
-    with opened(path) as file:
+    with whole(path) as file:
         if len(file.getbands()) > 1:
             raise InputError(f"{path}: is colour-coded ({file.mode}), not class ids; save one grey value per class")
         if file.format not in ("PNG", "TIFF") or file.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
@@ -80,7 +90,7 @@ def read_mat(source):
 
 def read_codes(source):
     """ADE20K's class index of every pixel, (H,W) int64, 0 unlabelled: R // 10 * 256 + G of its RGB file."""
-    with opened(source) as file:
+    with whole(source) as file:
         if file.mode != "RGB":
             raise InputError(f"{source}: holds {file.mode} pixels, not ADE20K's RGB codes; take it from the "
                              "ADE20K_2021_17_01 archive")
@@ -143,7 +153,7 @@ def paint(source):
                 raise ValueError("another size")
             odd = np.arange(len(lengths)) % 2 == 1                                       # runs of ones: 2nd, 4th, ...
             label[np.repeat(odd, lengths)] = category
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise InputError(f"{source}: a mask of category {category} is no run-length code of "
                              f"{source.width}x{source.height} pixels; download the file again") from error
     return label.reshape(source.width, source.height).T
@@ -172,6 +182,8 @@ def merged_masks(path):
         images = {}
         for item in json_array(path, text, "images"):
             if item["phase"] == "val":
+                if not all(type(item[side]) is int and 0 < item[side] < 2**16 for side in ("height", "width")):
+                    raise TypeError(f"an image of {item['width']}x{item['height']} pixels")
                 images[item["image_id"]] = Masks(path, Path(item["file_name"]).stem, item["height"], item["width"], [])
         for item in json_array(path, text, "annos_segmentation"):
             if item["image_id"] in images:
