@@ -31,8 +31,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from cli import InputError, checked, number, tensors_checksum
 from pat import PAT
@@ -244,8 +243,10 @@ def write_checkpoint(run, tensors, **told):
 def read_file(path):
     """(name -> tensor, metadata) of a checkpoint file.  Raises InputError if it is damaged, or of another format."""
     try:
-        with safe_open(path, "pt") as file:
-            tensors, told = {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+        # At once: safetensors' own reader opens a path twice, and a training may replace the file between the two.
+        data = Path(path).read_bytes()
+        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+        tensors, told = load(data), header.get("__metadata__", {})
     except Exception as error:
         raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); it may be truncated: "
                          "copy it again or train again") from error

@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -315,3 +319,24 @@ def test_what_is_out_of_range_or_of_another_kind_is_refused_for_every_number_by_
                     way()
                 assert str(error.value).startswith(f"{name} ") and "\n" not in str(error.value)
     assert changed(config, lr=1).recipe.lr == 1.0 and type(changed(config, lr=1).recipe.lr) is float
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_whole(tmp_path, capsys):
+    """A process writes one after the other, as fast as it can: who reads beside it is never told that one is damaged."""
+    program = """
+import torch, runs
+k = 0
+while True:
+    runs.write_checkpoint("RUN", {f"t{i}": torch.full((1000,), float(k)) for i in range(40)}, step=str(k))
+    k += 1
+"""
+    with subprocess.Popen([sys.executable, "-c", program.replace("RUN", str(tmp_path))], cwd=Path(runs.__file__).parent) as writer:
+        while writer.poll() is None and not (tmp_path / CHECKPOINTS[1]).exists():
+            time.sleep(0.02)
+        steps, ends = set(), time.monotonic() + 4
+        while time.monotonic() < ends:
+            tensors, told = read_checkpoint(tmp_path)
+            steps.add(told["step"])
+            assert all((value == float(told["step"])).all() for value in tensors.values())
+        writer.kill()
+    assert capsys.readouterr().err == "" and len(steps) > 20

@@ -22,6 +22,9 @@ MUTATIONS = [
     Mutation(RUNS, "counts that no line has told are lost", "    model.unlogged().update(part(tensors, \"log.\"))\n", ""),
     Mutation(RUNS, "counts that no line has told are not saved", "for name, value in model.unlogged().items()", "for name, value in ()"),
 
+    Mutation(RUNS, "a checkpoint is opened twice", "tensors, told = load(data),", "tensors, told = load(Path(path).read_bytes()),",
+             tests="tests/test_runs.py -k replaced_while"),
+
     # ---- files ----
     Mutation(CLI, "what a killed process left stays", "                    left.unlink(missing_ok=True)\n", "                    pass\n"),
     Mutation(CLI, "what a living process writes is removed", 'if not Path("/proc", left.name.split(".")[1]).exists():', "if True:"),
