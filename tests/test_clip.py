@@ -302,6 +302,13 @@ def test_dense_features_of_maskclip_are_the_value_path_alone(vlm):
                                rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("depths", [(0, 2, 1, 3), (1, 0, 2, 3), (0, 1, 2, 6), (0, 1, 2, 60)])
+def test_maps_are_taken_after_rising_numbers_of_blocks_of_which_there_are_six(depths):
+    """After the last block nothing would be left that could recognise."""
+    with pytest.raises(InputError, match="^depths [0-9 ]+: takes rising numbers below 6, CLIP's blocks$"):
+        load_vlm("world", "none", scale=1.0, depths=depths)
+
+
 def test_only_the_visual_positions_are_trained(vlm):
     assert [n for n, p in vlm.named_parameters() if p.requires_grad] == ["model.visual.positional_embedding"]
 
