@@ -127,6 +127,18 @@ def test_scores_that_cannot_be_had_are_missed_before_the_first_step(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_answer_that_does_not_fit_into_memory_is_missed_before_the_first_step():
+    """The step is fine; what names the pixels is not."""
+    config = tiny("san")
+    model = build(config.run).train()
+
+    def answer(out, b=0):
+        raise MemoryError
+    model.answer = answer
+    with pytest.raises(InputError, match="does not fit into memory"):
+        rehearse(model, config, lambda: None)
+
+
 # --- the same run, and going on with other numbers -------------------------------------------------------------------
 
 
