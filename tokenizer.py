@@ -277,8 +277,8 @@ def encode_files(paths, out, tokenizer, short_side=None):
             raise InputError(f"{path} and {by_stem[path.stem]}: tokens go by the name before the ending; rename one")
         if same_file(path, out):
             raise InputError(f"--out {out}: would overwrite the input; choose another name")
-        if not path.name.isprintable():                       # bytes that are no UTF-8 are none either
-            raise InputError(f"{str(path)!r}: its name cannot be written; rename it")
+        if path.name != path.name.encode(errors="replace").decode():
+            raise InputError(f"{str(path)!r}: its name is no UTF-8; rename it")
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise InputError(f"--out {out}: give a name ending in .npz in an existing folder")
     short = c.clip.short_side if short_side is None else short_side

@@ -95,7 +95,7 @@ MUTATIONS = [
     Mutation("tokenizer.py", "any short side", "if not 0 <= short <= MOST_SIDE:", "if short < 0:", tests=SIZES),
 
     # ---- the soak ----
-    Mutation(SOAK, "the start counts as growth", "samples[fifth:2 * fifth]", "samples[:fifth]"),
-    Mutation(SOAK, "children are not counted", "for one in family(pid):", "for one in [pid]:"),
-    Mutation(SOAK, "whoever ends is watched on", "if process.poll() is not None:", "if False:"),
+    Mutation(SOAK, "the start counts as growth", "samples[fifth:2 * fifth]", "samples[:fifth]", tests="tests/faults/test_soak.py"),
+    Mutation(SOAK, "children are not counted", "for one in family(pid):", "for one in [pid]:", tests="tests/faults/test_soak.py"),
+    Mutation(SOAK, "whoever ends is watched on", "if process.poll() is not None:", "if False:", tests="tests/faults/test_soak.py"),
 ]
