@@ -146,3 +146,12 @@ def test_a_shrunk_tar_is_noticed_when_read(tmp_path):
 def test_no_folder_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="gone: no such folder"):
         Shelf(tmp_path / "gone")
+
+
+def test_what_a_zip_says_beside_a_members_name_is_skipped(tmp_path):
+    """An extra field of four bytes, as other programs than Python's write them, stands between the name and the bytes."""
+    told = zipfile.ZipInfo("images/a.jpg")
+    told.extra = b"\x99\x99\x04\x00abcd"
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(told, b"the bytes")
+    assert Shelf(tmp_path).find([("a.zip", "images")], (".jpg",)).files["a"].open().read() == b"the bytes"
