@@ -25,6 +25,7 @@ from tqdm import tqdm
 from clip import TEMPLATES, load_vlm
 from cli import parse_flags, run_cli
 from data import rng_for, to_tensor
+from kernels.muon import Muon
 from world.clip import WORLD_WEIGHTS, world_clip
 from world.scenes import OBJECTS, RADIUS, scene
 
@@ -94,7 +95,7 @@ def pretrain_stage(model, tokenizer, size, steps, n, lr, seed):
     """Train in place.  Muon for the matrices of the blocks (plain AdamW left shape at chance), AdamW for the rest."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "resblocks" in name]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    optimizers = [Muon(matrices, lr=lr, weight_decay=0.01),
                   torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, betas=(0.9, 0.98))]
     for step in (bar := tqdm(range(steps), desc=f"CLIP at {size}x{size}")):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
