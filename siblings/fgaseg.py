@@ -268,6 +268,7 @@ class FGASeg(Segmenter):
         if c.prior:                                           # else the first hundred steps learn that names are rare
             for head in (self.head, *(self.aux or ())):
                 nn.init.constant_(head.bias, -math.log(c.prior - 1))
+        self.to(memory_format=torch.channels_last)            # narrow convolutions of many maps: 1.2 times as fast on a CPU
 
     def look(self, image):
         """image (B,3,H,W) -> F (B,E,h,w), and two maps (B,C,h,w) from before: CLIP with the model's own q and v"""
