@@ -38,8 +38,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kernels.muon import Muon
-
 VLMS = {                                   # preset -> the frozen CLIP every model of that preset stands on
     "world": dict(vlm="world", pretrained="world", clip_scale=1.0, depths=(0, 1, 2, 3), short_side=64, long_side=256),
     "coco": {},                            # the paper's: OpenAI's ViT-B/16 sees 320 of 640 pixels, as a 20x20 grid
@@ -110,8 +108,11 @@ class Segmenter(nn.Module):
     def optimizers(self, groups, recipe):
         """groups: [dict(params, weight_decay, rate, muon)] -> the optimisers that step in turn."""
         matrices, rest = ([group for group in groups if group["muon"] == muon] for muon in (True, False))
-        muons = [Muon(matrices, lr=recipe.lr)] if matrices else []
-        return [torch.optim.AdamW(rest, lr=recipe.lr), *muons]
+        adamw = torch.optim.AdamW(rest, lr=recipe.lr)
+        if not matrices:
+            return [adamw]
+        from kernels.muon import Muon                         # torch's, faster on a CPU
+        return [adamw, Muon(matrices, lr=recipe.lr)]
 
     def remember(self, out, batch):
         """What `after_step` needs of one micro-batch, detached."""

@@ -4,6 +4,7 @@
     mean_shift.py    hypersphere_attention, mean_shift       Triton; the plain ones are in hsattn.py
     tile.py          what both stand on: products of tiles, a launch as a value
     cpu.py           hypersphere_attention, assign, quantise, nearest: few images, few features at a time
+    muon.py          torch.optim.Muon, whose bf16 a CPU has to emulate
     bench.py         python -m kernels.bench: right first, then how fast against what else there is
     compile_report.py    what the compiler makes of every launch, for GPUs that are not here
 

@@ -5,7 +5,7 @@
 
 NS is five Newton-Schulz steps of a quintic, X = aX + (b XXᵀ + c (XXᵀ)²) X, matrix products only.  torch.optim.Muon takes
 them in bf16, matrix by matrix.  That is right on a GPU.  A CPU without bf16 in hardware, as most laptops' are, takes 20
-times as long for it as for fp32: of PAT's step in the world, 124 matrices of at most 96x384, more than half.  docs/speed.md.
+times as long for it as for fp32: of PAT's step in the world, 124 matrices of at most 96x384, more than half (docs/speed.md).
 
 # ours: fp32 on a CPU, bf16 on a GPU as torch has it; the same numbers but for rounding, the same state in a checkpoint.
 

@@ -12,6 +12,7 @@ import segmenter
 import train
 from cli import InputError
 from data import IGNORE
+from kernels.muon import Muon
 from predict import name_pixels, segment
 from runs import MODELS, build, changed, leaves, load_run, model_class, preset
 from segmenter import VLMS, Answer, Segmenter, identity
@@ -179,7 +180,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     W, b = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
     groups = [dict(params=[b], weight_decay=0.0, muon=False), dict(params=[W], weight_decay=0.0, muon=True)]
     optimizers = Segmenter().optimizers(groups, changed(recipe("world").recipe, lr=0.1))
-    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW, torch.optim.Muon]
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW, Muon]
     W.grad, b.grad = torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.ones(2)
     for optimizer in optimizers:
         optimizer.step()

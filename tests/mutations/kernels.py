@@ -3,7 +3,7 @@
 from tests.mutations import Mutation
 
 CPU, ASSIGN, SHIFT, TILE = "kernels/cpu.py", "kernels/vmf_assign.py", "kernels/mean_shift.py", "kernels/tile.py"
-SWITCH = "kernels/__init__.py"
+SWITCH, MUON = "kernels/__init__.py", "kernels/muon.py"
 TRITON = "tests/kernels/test_kernels.py"
 BOTH = "tests/kernels/test_cpu.py tests/kernels/test_kernels.py"
 
@@ -157,4 +157,20 @@ MUTATIONS = [
     Mutation(TILE, "every length is compiled", "step = 1 << max(0, exact.bit_length() - 4)", "step = 1", TRITON),
     Mutation(TILE, "an empty grid is launched", "if 0 not in self.grid:", "if self.grid:", TRITON),
     Mutation(TILE, "devices are not compared", "if tensor.device != tensors[0].device:", "if False:", TRITON),
+
+    # ---- kernels/muon.py ----
+    Mutation(MUON, "the length of the first is taken for all", "X.norm(dim=(1, 2), keepdim=True)", "X[:1].norm()"),
+    Mutation(MUON, "zeros become NaN", ".clamp(min=1e-7)", ""),
+    Mutation(MUON, "the quintic lost its middle", "baddbmm(S, S, S, beta=b, alpha=c)", "baddbmm(S, S, S, beta=0, alpha=c)"),
+    Mutation(MUON, "one step too few", "for _ in range(steps):", "for _ in range(steps - 1):"),
+    Mutation(MUON, "momentum and gradient change places", '1 - group["momentum"])', 'group["momentum"])'),
+    Mutation(MUON, "no look ahead", 'torch._foreach_lerp(grads, momenta, group["momentum"])', "momenta"),
+    Mutation(MUON, "decay without the rate", '1 - group["lr"] * group["weight_decay"]', '1 - group["weight_decay"]'),
+    Mutation(MUON, "standing matrices are not laid down", "update if p.shape[0] <= p.shape[1] else update.T      ", "update  "),
+    Mutation(MUON, "laid down, they are not stood up again",
+             "p.add_(update if p.shape[0] <= p.shape[1] else update.T, alpha", "p.add_(update.view(p.shape), alpha"),
+    Mutation(MUON, "the shorter side scales the step", "for (_, longer), pairs", "for (longer, _), pairs"),
+    Mutation(MUON, "bf16 on a CPU too", "X.bfloat16() if X.is_cuda else X", "X.bfloat16()"),
+    Mutation(MUON, "all of a shape move alike", "for (p, _), update in zip(pairs, X.to(pairs[0][0].dtype)):",
+             "for (p, _), update in zip(pairs, X[:1].expand_as(X).to(pairs[0][0].dtype)):"),
 ]

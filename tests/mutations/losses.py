@@ -65,6 +65,6 @@ MUTATIONS = [
              "torch.optim.Adam(rest", tests="tests/test_segmenter.py -k decay"),
     Mutation("segmenter.py", "the matrices are nobody's", "[torch.optim.AdamW(rest, lr=recipe.lr), *muons]",
              "[torch.optim.AdamW(rest, lr=recipe.lr)]", tests="tests/test_segmenter.py -k muon"),
-    Mutation("segmenter.py", "Muon steps at a rate of its own", 'adjust_lr_fn="match_rms_adamw"', "adjust_lr_fn=None",
+    Mutation("segmenter.py", "Muon steps at a rate of its own", 'Muon(matrices, lr=recipe.lr)', "Muon(matrices, lr=1e-3)",
              tests="tests/test_segmenter.py -k muon"),
 ]
