@@ -108,11 +108,8 @@ class Segmenter(nn.Module):
     def optimizers(self, groups, recipe):
         """groups: [dict(params, weight_decay, rate, muon)] -> the optimisers that step in turn."""
         matrices, rest = ([group for group in groups if group["muon"] == muon] for muon in (True, False))
-        adamw = torch.optim.AdamW(rest, lr=recipe.lr)
-        if not matrices:
-            return [adamw]
         from kernels.muon import Muon                         # torch's, faster on a CPU
-        return [adamw, Muon(matrices, lr=recipe.lr)]
+        return [torch.optim.AdamW(rest, lr=recipe.lr), *([Muon(matrices, lr=recipe.lr)] if matrices else [])]
 
     def remember(self, out, batch):
         """What `after_step` needs of one micro-batch, detached."""

@@ -8,9 +8,8 @@
     bench.py         python -m kernels.bench: right first, then how fast against what else there is
     compile_report.py    what the compiler makes of every launch, for GPUs that are not here
 
-Same names, arguments and returns as the plain functions, which stay the definition.  `--kernels plain` takes those,
-anywhere; `auto` Triton on a GPU where it is defined, else the plain function, and cpu.py on a CPU; `triton` Triton, or an
-error that says why not.  A kernel that breaks raises; nothing falls back quietly.
+Same names, arguments and returns as the plain functions, which stay the definition.  `--kernels plain` takes those, `auto`
+Triton on a GPU where it is defined, cpu.py on a CPU, else those; `triton` Triton, or an error.  Nothing falls back quietly.
 """
 
 import os
