@@ -26,6 +26,7 @@ anew: row i of h stands at 16 i / h, whatever h is.  open_clip itself takes one 
 # ours: the world's tiny CLIP, which world/pretrain.py trained and world/clip.safetensors holds.
 
 Demo: `python clip.py` names a drawn scene.  Tests: tests/test_clip.py.  Read next: segmenter.py.
+B, H, W, C, Q, L: see hsattn.py; h, w CLIP's grid, P = h*w patches; E the width of the joint space.
 """
 
 import hashlib
@@ -39,8 +40,6 @@ from torch import nn
 from tqdm import tqdm
 
 from cli import InputError, number, tensors_checksum
-
-# B, H, W, C, Q, L: see hsattn.py; h, w CLIP's grid, P = h*w patches; E the width of the joint space.
 
 SMALL_TOWER = 10_000_000               # parameters; a smaller text tower, such as the world's, is not worth a file
 KEPT = 32                              # lists of names whose rows stay in memory
@@ -107,7 +106,7 @@ class VLM(nn.Module):
 
     def __init__(self, model, tokenizer, scale, depths=None):
         super().__init__()
-        self.model, self.tokenizer, self.scale, self.cache = model, tokenizer, scale, {}
+        self.model, self.tokenizer, self.scale, self.cache, self.marks = model, tokenizer, scale, {}, None
         self.width = self.positions.shape[-1]                                             # C
         self.heads = self.blocks[0].attn.num_heads
         projection = self.text.text_projection                # a matrix, or a linear
@@ -170,10 +169,11 @@ class VLM(nn.Module):
 
     def text_key(self, names):
         """A checksum of all the embeddings of `names` depend on: weights, what modules tell beside them, templates."""
-        blocks = self.text.transformer.resblocks
+        blocks, marks = self.text.transformer.resblocks, [(p.data_ptr(), p._version) for p in self.tower().values()]
+        if marks != self.marks:                               # once for each state of its weights: .15 s of ViT-B/16's
+            self.marks, self.checksum = marks, tensors_checksum(self.tower())
         told = [repr(blocks), blocks[0].attn.num_heads, type(self.tokenizer).__name__, self.tokenizer.context_length]
-        everything = [tensors_checksum(self.tower()), told, TEMPLATES, names]
-        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.checksum, told, TEMPLATES, names]).encode()).hexdigest()
 
     def text_rows(self, names, bar=False):
         """names (L strings) -> (L,E) unit: per name the mean over the templates of unit embeddings, renormalised."""

@@ -46,33 +46,22 @@ BAND = 2**25                                                  # floats held per 
 # --- from an answer to names ----------------------------------------------------------------------------------------
 
 
-def neighbours(rows, small, big):
-    """Bilinear, align_corners=False: rows (r) of `big` lie between rows upper and lower (r) of `small`, at t (r,1)."""
-    y = ((rows + 0.5) * (small / big) - 0.5).clamp(min=0)
-    upper = y.long()
-    return upper, (upper + 1).clamp(max=small - 1), (y - upper)[:, None]
-
-
-def upsample_rows(x, size, rows):
-    """Only the rows `rows` of bilinear F.interpolate(x, size): x (C,h,w), size (H,W), rows (r) -> (C,r,W)."""
-    upper, lower, t = neighbours(rows, x.shape[1], size[0])
-    return F.interpolate(torch.lerp(x[:, upper], x[:, lower], t), size=size[1], mode="linear", align_corners=False)
+def two_steps(x, padded, crop, size):
+    """Both upsamplings of the protocol along the last axis: x (...,n,w) on a grid over `padded` -> (...,n,size)"""
+    x = F.interpolate(x, size=padded, mode="linear", align_corners=False)[..., :crop]
+    return x if crop == size else F.interpolate(x, size=size, mode="linear", align_corners=False)
 
 
 def two_step_bands(x, padded, crop, size, held):
-    """Both upsamplings of the protocol, a band of rows at a time: 847 names on a 12-megapixel photo would not fit.
+    """Both upsamplings, a band of rows at a time: 847 names on a 12-megapixel photo would not fit.
 
     x (C,hm,wm) logits; sizes (rows, columns) of the padded input, of the input without padding, and of the original;
     `held`: how many floats a pixel costs the caller.  Yields rows (r) and their values (C,r,W); bands cover (H,W).
     """
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    down = two_steps(eye[None], padded[0], crop[0], size[0])[0].T                             # (H,hm): linear, so a matrix
     for rows in torch.arange(size[0], device=x.device).split(max(1, BAND // (held * max(padded[1], size[1])))):
-        if crop == size:                                      # the second step would be the identity
-            yield rows, upsample_rows(x, padded, rows)[..., :crop[1]]
-            continue
-        upper, lower, t = neighbours(rows, crop[0], size[0])
-        band = torch.lerp(upsample_rows(x, padded, upper)[..., :crop[1]],
-                          upsample_rows(x, padded, lower)[..., :crop[1]], t)                  # (C,r,w)
-        yield rows, F.interpolate(band, size=size[1], mode="linear", align_corners=False)     # (C,r,W)
+        yield rows, two_steps(down[rows] @ x, padded[1], crop[1], size[1])                    # (C,r,W)
 
 
 def semantic_scores(answer, padded, crop, size):

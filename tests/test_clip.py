@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+import clip
 from cli import InputError
 from clip import (CLS_BLOCK, EVA, TEMPLATES, OpenAIViT, load_vlm, recognition_mask, resize_positions)
 from tests.helpers import smaller
@@ -324,6 +325,21 @@ def test_other_names_have_other_embeddings_whatever_was_asked_before(vlm):
     one, two = vlm.embed_text(["grass", "red star"]), vlm.embed_text(["red star", "grass"])
     assert torch.equal(one, two.flip(0)) and not torch.equal(one, vlm.embed_text(["grass", "sand"]))
     torch.testing.assert_close(one.norm(dim=-1), torch.ones(2))
+
+
+def test_the_text_tower_is_read_once_for_each_state_of_its_weights(vlm, monkeypatch):
+    """A quarter of a gigabyte for ViT-B/16: not at every photo, but whenever a weight was changed or put in another's place."""
+    reads, vlm.marks = [], None
+    monkeypatch.setattr(clip, "tensors_checksum", lambda tower: reads.append(1) or str(len(reads)))
+    first = vlm.text_key(("grass",))
+    assert vlm.text_key(("grass",)) == first != vlm.text_key(("sand",)) and len(reads) == 1
+    weight = vlm.model.token_embedding.weight
+    for change in (lambda: weight[0, 0].add_(0), lambda: setattr(weight, "data", weight.data.clone())):
+        with torch.no_grad():
+            change()
+        assert vlm.text_key(("grass",)) != first
+    assert len(reads) == 3
+    vlm.marks = None
 
 
 def test_logits_are_cosines_times_the_exponential_of_a_learned_number(vlm):

@@ -15,6 +15,9 @@ GATE_EARLY = """    maps, mix = answer.gate(answer.maps.float()), answer.mix
 
 MUTATIONS = [
     # --- clip.py ---
+    Mutation("clip.py", "a tower is what it was, whatever became of it", "if marks != self.marks:", "if self.marks is None:"),
+    Mutation("clip.py", "the tower is read for every list of names", "if marks != self.marks:", "if True:"),
+    Mutation("clip.py", "weights put in another's place go unnoticed", "[(p.data_ptr(), p._version) for", "[p._version for"),
     Mutation("clip.py", "copies see cls", "mask[..., 1 + P:, 0] = CLS_BLOCK", "mask[..., 1 + P:, 0] = 0"),
     Mutation("clip.py", "copies do not see themselves", "mask[..., copies, copies] = 0", "pass"),
     Mutation("clip.py", "copies see each other", "mask[..., copies, copies] = 0", "mask[..., 1 + P:, 1 + P:] = 0"),
@@ -60,10 +63,12 @@ MUTATIONS = [
              "(rows, s[1:], s[0]) if answer.none"),
     Mutation("predict.py", "unnamed where names win", "index[best < none] = UNNAMED", "index[best > none] = UNNAMED"),
     Mutation("predict.py", "unnamed without being asked", "        if none_of_these:\n", "        if True:\n"),
-    Mutation("predict.py", "corners aligned", "((rows + 0.5) * (small / big) - 0.5)",
-             "(rows * ((small - 1) / max(1, big - 1)))"),
-    Mutation("predict.py", "rows of the second step count padding", "neighbours(rows, crop[0], size[0])",
-             "neighbours(rows, padded[0], size[0])"),
+    Mutation("predict.py", "corners aligned", "size=padded, mode=\"linear\", align_corners=False", "size=padded, mode=\"linear\", align_corners=True"),
+    Mutation("predict.py", "rows of the second step count padding", "two_steps(eye[None], padded[0], crop[0], size[0])",
+             "two_steps(eye[None], padded[0], padded[0], size[0])"),
+    Mutation("predict.py", "columns of the second step count padding", "two_steps(down[rows] @ x, padded[1], crop[1], size[1])",
+             "two_steps(down[rows] @ x, padded[1], padded[1], size[1])"),
+    Mutation("predict.py", "every band shows the first rows", "down[rows] @ x", "down[:len(rows)] @ x"),
     Mutation("predict.py", "maps stretched over the picture alone", "name_pixels(model.answer(out, 0), padded, crop,",
              "name_pixels(model.answer(out, 0), crop, crop,"),
     Mutation("predict.py", "padding left and above", "F.pad(image, (0, -w % stride, 0, -h % stride))",
