@@ -10,7 +10,7 @@
 
 Each row runs in a process of its own, so that its peak memory is its own; its first round is not counted, the median of
 the others is.  Peak memory is the process's, on a GPU what torch held there.  A training round is forward, losses,
-backward and AdamW's step, without drawing the images.  Ratios within one call are comparable; absolute times depend on
+backward and the recipe's own optimisers, without drawing the images.  Ratios within one call are comparable; absolute times depend on
 the machine and on what else it does.
 
 What a part is says the model (Segmenter.parts).  Time within a part counts once, for the part that was entered first.
@@ -45,7 +45,7 @@ from published import folder
 from published.images_of import training_set
 from published.perceptual import vgg_path
 from runs import build, changed, model_class
-from train import Stream, gradients, recipe
+from train import Stream, gradients, parameter_groups, recipe
 from world.scenes import World
 
 RUNNING = []                           # the part that is being timed, if any
@@ -110,7 +110,7 @@ def measure(preset, model_name, kernels, training, batch, rounds, device):
     model = build(config.run).to(device).train(training)
     names = len(World.train_names) if preset == "world" else 171
     text = F.normalize(torch.randn(names, model.vlm.text_width), dim=-1).to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    optimizers = model.optimizers(parameter_groups(model, config.recipe), changed(config.recipe, lr=1e-6))
     micro, seconds, spent = samples(config, batch), [], defaultdict(float)
     image = micro[0].to(device)
     for k in range(rounds + 1):
@@ -118,9 +118,10 @@ def measure(preset, model_name, kernels, training, batch, rounds, device):
             watch(model, spent)
         start = now()
         if training:
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             gradients(model, text, [micro], config)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         else:
             with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 model(image, text)

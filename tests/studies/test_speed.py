@@ -8,6 +8,7 @@ import torch
 
 import data
 from cli import InputError
+from kernels.muon import Muon
 from published.folder import Folder
 from runs import build
 from studies import speed
@@ -51,6 +52,15 @@ def test_a_row_measures_any_model_of_the_registry(name, kernels):
         median, peak, mean, spent = measure("world", name, kernels, training, 2, 1, "cpu")
         assert 0 < sum(spent.values()) <= mean and median == mean and peak > 0
         assert "CLIP features" in spent and ("decoder" in spent) == (name == "pat")
+
+
+def test_a_round_of_training_ends_with_the_recipes_own_optimisers(monkeypatch):
+    """In the world Muon's step was once half of PAT's, and a benchmark with one AdamW for all did not see it."""
+    stepped = []
+    monkeypatch.setattr(Muon, "step", lambda self: stepped.append("muon"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: stepped.append("adamw"))
+    measure("world", "san", None, True, 2, 1, "cpu")
+    assert stepped == ["adamw", "muon"] * 2
 
 
 def test_where_vgg_is_missing_a_row_is_measured_without_lpips_and_the_table_says_so(monkeypatch, tmp_path, capsys):
