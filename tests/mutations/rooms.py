@@ -224,4 +224,7 @@ MUTATIONS = [
     Mutation(ARCHIVES, "only the folder itself", "self.bases, self.tables = [self.root, *inner], {}",
              "self.bases, self.tables = [self.root], {}"),
     Mutation(ARCHIVES, "files in the order of the disk", "in sorted(names))", "in names)"),
+
+    # ---- studies/speed.py ----
+    Mutation("studies/speed.py", "one AdamW for all that is trained", "for optimizer in optimizers:", "for optimizer in optimizers[:1]:"),
 ]
