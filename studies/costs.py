@@ -35,7 +35,7 @@ from studies.pictures import GREY, Figure, contact_sheet, make_folder, plot
 
 SCALE = np.array([(13, 8, 60), (110, 20, 110), (215, 60, 80), (250, 160, 60), (252, 250, 190)], float)   # low to high
 SHOWN, IMAGES = 3, 20                                         # images of costs; of topk, unless --images says another number
-KINDS = {"cosine": "cosine, CLIP's text", "gcs": "S^g, the text moved", "lcs": "S^l", "logits": "logits"}
+KINDS = {"cosine": "cosine", "gcs": "S^g", "lcs": "S^l", "logits": "logits"}
 
 
 def heat(maps):
