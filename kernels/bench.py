@@ -24,11 +24,13 @@ Tests: tests/kernels/test_kernels.py.  What the compiler makes of the kernels: c
 import argparse
 import importlib.util
 import json
+import math
 import multiprocessing
 import re
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product as every
 from pathlib import Path
 
 import torch
@@ -44,6 +46,7 @@ STAGES = {"early": (25600, 128), "mid": (6400, 64), "late": (1600, 32), "latent"
 D, HEADS, HEAD, KAPPA, BETA = 32, 8, 30, 30.0, 0.25
 GPU = torch.cuda.is_available()
 KERNELS = not limits(torch.device("cuda" if GPU else "cpu"), torch.float32, D)           # here, or under the interpreter
+REPEATS = 100 if GPU else 2            # more calls, whose bits must be the first one's
 
 
 # --- the contenders -------------------------------------------------------------------------------------------------
@@ -263,16 +266,37 @@ def error(value, reference):
     return ((value.double() - reference).norm() / reference.norm()).item()
 
 
-def correctness():
-    """[(what, figure, what is accepted)] of the project's paths on this machine, at the paper's sizes or, interpreted, small."""
+def steady(function, inputs, ups, backward):
+    """Do REPEATS more calls give the bits of the first: of its outputs, or of its gradients?"""
+    def call():
+        found = once(function, inputs, ups, backward)
+        return found if isinstance(found, tuple) else (found,)
+
+    first = call()
+    return all(torch.equal(a, b) for _ in range(REPEATS) for a, b in zip(call(), first))
+
+
+def correctness(only=None, dtypes=None):
+    """[(what, figure, what is accepted)] of the project's paths on this machine, at the paper's sizes or, interpreted, small.
+
+    only: names of paths, dtypes: which ones; None: all that this machine has.
+    """
     paths = {"plain": (vq, hsattn)} if GPU else {"plain": (vq, hsattn), "cpu": (cpu, cpu)}
     if KERNELS:
         from kernels import mean_shift, vmf_assign
         paths["triton"] = vmf_assign, mean_shift
     found, device = [], "cuda" if GPU else "cpu"
-    for path, (assigning, attending) in paths.items():
-        small = path == "triton" and not GPU
-        for dtype in (torch.float32, torch.bfloat16) if GPU else (torch.float32,):
+    for path in only or paths:
+        (assigning, attending), small = paths[path], path == "triton" and not GPU
+
+        def quantise(x, codes):
+            zq, _, loss = assigning.quantise(x, codes, BETA)
+            return zq, loss.mean()
+
+        def attend(q, k, v):
+            return attending.hypersphere_attention(q, k, v, KAPPA)
+
+        for dtype in dtypes or ((torch.float32, torch.bfloat16) if GPU else (torch.float32,)):
             torch.manual_seed(0)
             label = f"{path} {str(dtype).removeprefix('torch.')}"
             (x, codes), ups = make("assign", (600, 128) if small else (307200, 128), dtype, device)
@@ -287,8 +311,7 @@ def correctness():
             found.append((f"{label}: most cosine lost", max(lost.max().item(), 0.0), f"<= {most}"))
             same = torch.equal(code, F.normalize(codes, dim=-1).to(dtype)[index])
             found.append((f"{label}: code == g(E)[index], bitwise", same, "True"))
-            zq, _, loss = assigning.quantise(x, codes, BETA)
-            grads = torch.autograd.grad([zq, loss.mean()], (x, codes), [ups[0].to(zq.dtype), ups[1]])
+            grads = once(quantise, (x, codes), ups, True)
             x64, codes64 = x.detach().double().requires_grad_(), codes.detach().double().requires_grad_()
             unit, code64 = g(x64), g(codes64)[index]
             reference = torch.autograd.grad([vq.straight_through(unit, code64), vq.commitment_loss(unit, code64, BETA).mean()],
@@ -298,7 +321,7 @@ def correctness():
                 found.append((f"{label}: {name} gradient, relative error", error(mine, theirs), accept))
 
             qkv, up = make("attention", (1, 2, 40, 150, HEAD) if small else (2, HEADS, 128, 1600, HEAD), dtype, device)
-            out = attending.hypersphere_attention(*qkv, KAPPA)
+            out = attend(*qkv)
             wide = [t.detach().double().requires_grad_() for t in qkv]
             reference = literal_attention(*wide)
             accept = "<= 5e-06" if dtype == torch.float32 else "no worse than SDPA"
@@ -308,41 +331,46 @@ def correctness():
             grads = torch.autograd.grad(out, qkv, up[0].to(out.dtype))
             for name, mine, theirs in zip("qkv", grads, torch.autograd.grad(reference, wide, up[0].double())):
                 found.append((f"{label}: gradient of {name}, relative error", error(mine, theirs), accept))
-            if GPU:
-                repeats = [torch.autograd.grad(attending.hypersphere_attention(*qkv, KAPPA), qkv, up[0].to(out.dtype))
-                           for _ in range(100)]
-                same = all(torch.equal(a, b) for again in repeats for a, b in zip(again, grads))
-                found.append((f"{label}: 100 repeats, bitwise equal", same, "True" if path == "triton" else "-"))
+            calls = {"assign forward": (assigning.assign, (x, codes), ups, False),
+                     "assign backward": (quantise, (x, codes), ups, True),
+                     "attention forward": (attend, qkv, up, False), "attention backward": (attend, qkv, up, True)}
+            for name, call in calls.items():
+                found.append((f"{label}: {name}, {REPEATS} repeats, bitwise equal", steady(*call),
+                              "True" if path == "triton" else "-"))
     return found
 
 
-def tune():
-    """Time every tile that compiles and print the fastest as entries of TILES."""
-    from itertools import product as every
+def tune(operation, dtype, seconds=float("inf")):
+    """Time the tiles that compile and leave the fastest in TILES; -> (key, entry) of TILES.
 
+    Those nearest to what TILES holds come first; each kernel has its share of `seconds`, and tries one in any case.
+    """
     from kernels import mean_shift, vmf_assign
-    capability = torch.cuda.get_device_capability()
-    for module in (vmf_assign, mean_shift):
-        for dtype in (torch.float32, torch.bfloat16):
-            how, key = module.mode(dtype), (capability, module.mode(dtype), 32)
-            attention = module is mean_shift
-            inputs, ups = make(*(("attention", (12, HEADS, 128, 1600, D)) if attention else ("assign", (307200, 128))),
-                               dtype, "cuda")
-            function = ours("attention" if attention else "quantise")
-            entry = dict(module.TILES[None, *key[1:]])
-            for kernel in entry:
-                best = None
-                for tile in every((32, 64, 128), (32, 64, 128), (4, 8)):
-                    module.TILES[key] = {**entry, kernel: tile}
-                    try:
-                        seconds = median_seconds(lambda: once(function, inputs, ups, True), [()], 20)
-                    except Exception as failure:              # tiles that do not fit the GPU: said, and left out
-                        print(f"  {module.__name__} {kernel} {tile}: {type(failure).__name__}")
-                        continue
-                    best = min(best or (seconds, tile), (seconds, tile))
-                entry[kernel] = best[1]
-                print(f"  {module.__name__} {how} {kernel}: {best[1]} at {best[0] * 1e6:.0f} us a step", flush=True)
-            print(f"    {key}: dict({', '.join(f'{k}={v}' for k, v in entry.items())}),", flush=True)
+    attention = operation == "attention"
+    module, size = (mean_shift, (12, HEADS, 128, 1600, D)) if attention else (vmf_assign, (307200, 128))
+    key = torch.cuda.get_device_capability(), module.mode(dtype), 32
+    inputs, ups = make(operation, size, dtype, "cuda" if GPU else "cpu")
+    function = ours("attention" if attention else "quantise")
+    entry = dict(module.TILES[None, *key[1:]])
+    for kernel, given in entry.items():
+        best, end = None, time.monotonic() + seconds / len(entry)
+        tiles = sorted(every((32, 64, 128), (32, 64, 128), (4, 8)),
+                       key=lambda tile: sum(abs(math.log2(a / b)) for a, b in zip(tile, given)))
+        for tile in tiles:
+            if time.monotonic() > end and tile != tiles[0]:
+                break
+            module.TILES[key] = {**entry, kernel: tile}
+            try:
+                took = median_seconds(lambda: once(function, inputs, ups, True), [()], 20)
+            except Exception as failure:                      # tiles that do not fit the GPU: said, and left out
+                print(f"  {module.__name__} {kernel} {tile}: {type(failure).__name__}")
+                continue
+            best = min(best or (took, tile), (took, tile))
+        entry[kernel] = best[1] if best else given
+        print(f"  {module.__name__} {key[1]} {kernel}: {entry[kernel]}" + (f" at {best[0] * 1e6:.0f} us a step" if best else ""),
+              flush=True)
+    module.TILES[key] = entry
+    return key, entry
 
 
 def main():
@@ -356,7 +384,11 @@ def main():
     if args.tune:
         if not GPU:
             raise InputError("--tune times kernels on a GPU; there is none here")
-        return tune()
+        for operation in ("assign", "attention"):
+            for dtype in (torch.float32, torch.bfloat16):
+                key, entry = tune(operation, dtype)
+                print(f"    {key}: dict({', '.join(f'{k}={v}' for k, v in entry.items())}),", flush=True)
+        return
     chip = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}" + (f", triton {__import__('triton').__version__}" if KERNELS else "")
     print(f"{chip}; {versions}; median of {args.rounds}")

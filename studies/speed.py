@@ -7,6 +7,8 @@
                                             Triton, and by the plain functions
     python -m studies.speed --loader        images/s of one data-loading process, 640x480 JPEGs; share of time per part
     python -m studies.speed --loader --data DIR    the same of COCO-Stuff's training images, or of a folder of yours
+    python -m studies.speed --everything --out docs/gpu.md    on a GPU: all that there is to measure, as one page, in
+                                            nine minutes or --minutes N; see gpu_day.py
 
 Each row runs in a process of its own, so that its peak memory is its own; its first round is not counted, the median of
 the others is.  Peak memory is the process's, on a GPU what torch held there.  A training round is forward, losses,
@@ -17,13 +19,14 @@ What a part is says the model (Segmenter.parts).  Time within a part counts once
 
 # ours: all of it.
 
-Tests: tests/studies/test_speed.py.  Read next: benchmark.py.
+Tests: tests/studies/test_speed.py.  Read next: gpu_day.py.
 """
 
 import argparse
 import multiprocessing
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -45,6 +48,7 @@ from published import folder
 from published.images_of import training_set
 from published.perceptual import vgg_path
 from runs import build, changed, model_class
+from studies import gpu_day
 from train import Stream, gradients, parameter_groups, recipe
 from world.scenes import World
 
@@ -148,7 +152,7 @@ def photos(root, n=40):
 
 
 def loader(root, rounds, draws=40):
-    """Print images/s of one worker at the coco preset; then, in this process, images a second of CPU time and shares.
+    """Print, and return, images/s of one worker at the coco preset; then, in this process, those a second of CPU time.
 
     The two rates agree on a quiet machine; on a shared one the second is what a core of one's own would do.
     """
@@ -160,8 +164,9 @@ def loader(root, rounds, draws=40):
         for _ in range(draws):
             next(samples)
         seconds.append(time.perf_counter() - start)
-    print(f"loader, 640x640 crops, {len(dataset):,} images: {draws / statistics.median(seconds[1:]):.1f} images/s a "
-          f"worker, median of {rounds} rounds of {draws}")
+    rate = draws / statistics.median(seconds[1:])
+    print(f"loader, 640x640 crops, {len(dataset):,} images: {rate:.1f} images/s a worker, median of {rounds} rounds of "
+          f"{draws}")
     dataset.label = timed(dataset.label, "read label", spent)
     with ExitStack() as stack:
         for module, name, part in ((folder, "read_image", "read image"), (folder, "to_tensor", "to tensor"),
@@ -174,6 +179,15 @@ def loader(root, rounds, draws=40):
     spent["window, flip, padding"] = total - sum(spent.values())
     shares = ", ".join(f"{part} {100 * s / total:.0f}%" for part, s in spent.items())
     print(f"    {draws / cpu:.1f} images a second of CPU time: {shares}")
+    return rate
+
+
+def loading(root=None, rounds=3):
+    """`loader` of a folder, by default one of made-up photos."""
+    with tempfile.TemporaryDirectory() as made:
+        if not root:
+            photos(Path(made))
+        return loader(root or made, rounds)
 
 
 def main(argv=None):
@@ -183,17 +197,29 @@ def main(argv=None):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--loader", action="store_true", help="the data loader in place of the model")
     parser.add_argument("--data", metavar="DIR", help="with --loader: its images (default: 40 made up)")
+    parser.add_argument("--everything", action="store_true", help="a page of all that there is to measure on a GPU")
+    parser.add_argument("--out", metavar="FILE", help="with --everything: the page, Markdown")
+    parser.add_argument("--minutes", type=float, default=9.0, help="with --everything: what it may take (9)")
+    parser.add_argument("--dry", action="store_true", help="with --everything: no GPU, no figure of one")
     args = parse_flags(parser, argv)
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    its = {"out", "minutes", "dry"}
+    for name in sorted(given - its - {"everything"} if args.everything else given & its):
+        raise InputError(f"--{name}: {'not' if args.everything else 'only'} together with --everything")
+    if args.everything:
+        if not args.out:
+            raise InputError("--everything: --out FILE says where the page goes")
+        if not 1 <= args.minutes <= 600:
+            raise InputError(f"--minutes {args.minutes:g}: takes a number from 1 to 600")
+        words = sys.argv[1:] if argv is None else argv
+        return gpu_day.everything(measure, loading, args.out, args.minutes, args.dry, words)
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds}: takes a positive number")
     check_device(args.device)
     if args.data and not args.loader:
         raise InputError("--data: only together with --loader")
     if args.loader:
-        with tempfile.TemporaryDirectory() as folder:
-            if not args.data:
-                photos(Path(folder))
-            return loader(args.data or folder, args.rounds)
+        return loading(args.data, args.rounds)
     batches = (16, 16) if args.preset == "world" else (12, 1) if args.device == "cuda" else (1, 1)
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{args.preset}, torch {torch.__version__}, {chip}, batch {batches[0]} in training, {batches[1]} in "

@@ -471,6 +471,57 @@ def test_the_floors_of_the_benchmark_by_hand():
     assert bench.cost("attention", (1, 2, 3, 5, 4), torch.float32, False) == (8 * (6 + 10) * 4, 4 * 2 * 3 * 5 * 4)
 
 
+@pytest.mark.parametrize("operation, module, kernels", [("assign", vmf_assign, 2), ("attention", mean_shift, 3)])
+def test_tuning_leaves_the_fastest_tiles_where_launches_look(operation, module, kernels, monkeypatch):
+    """By made-up times: (128, 32, 8) is the fastest for each kernel, and one beside it does not compile."""
+    tried, given = [], module.TILES[None, "bf16", 32]
+    monkeypatch.setattr(module, "TILES", dict(module.TILES))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 9))
+    monkeypatch.setattr(bench, "make", lambda *_: ([], []))
+
+    def seconds(*_):
+        tried.append(module.TILES[(9, 9), "bf16", 32])
+        if (128, 32, 4) in tried[-1].values():
+            raise RuntimeError("out of resources")
+        return 1 + sum(tile != (128, 32, 8) for tile in tried[-1].values())
+
+    monkeypatch.setattr(bench, "median_seconds", seconds)
+    entry = dict.fromkeys(given, (128, 32, 8))
+    assert bench.tune(operation, torch.bfloat16) == (((9, 9), "bf16", 32), entry)
+    assert module.TILES[(9, 9), "bf16", 32] == entry and len(tried) == kernels * 18
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_tuning_without_time_tries_what_there_is_and_keeps_it(works, monkeypatch):
+    given, tried = vmf_assign.TILES[None, "tf32", 32], []
+    monkeypatch.setattr(vmf_assign, "TILES", dict(vmf_assign.TILES))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 9))
+    monkeypatch.setattr(bench, "make", lambda *_: ([], []))
+    monkeypatch.setattr(bench, "median_seconds", lambda *_: tried.append(vmf_assign.TILES[(9, 9), "tf32", 32]) or (
+        1.0 if works else never_compiles()))
+    assert bench.tune("assign", torch.float16, 0)[1] == given == vmf_assign.TILES[(9, 9), "tf32", 32]
+    assert tried == [given] * 2                               # its two kernels
+
+
+def never_compiles():
+    raise RuntimeError("out of resources")
+
+
+def test_repeats_tell_a_call_whose_bits_change(monkeypatch):
+    """The last of them too; forward and backward apart."""
+    x, calls = torch.ones(3, requires_grad=True), []
+    monkeypatch.setattr(bench, "REPEATS", 3)
+
+    def changes_at_last(x):
+        calls.append(1)
+        return x * (2 + (len(calls) == 4) * 2**-20)
+
+    for backward in (False, True):
+        calls.clear()
+        assert not bench.steady(changes_at_last, [x], [torch.ones(3)], backward) and len(calls) == 4
+        assert bench.steady(lambda x: (2 * x, x.sum()), [x], [torch.ones(3), torch.ones(())], backward)
+
+
 # --- bugs that were planted on purpose --------------------------------------------------------------------------------
 
 PLANTED = {

@@ -3,7 +3,7 @@
 from tests.mutations import Mutation
 
 CPU, ASSIGN, SHIFT, TILE = "kernels/cpu.py", "kernels/vmf_assign.py", "kernels/mean_shift.py", "kernels/tile.py"
-SWITCH, MUON = "kernels/__init__.py", "kernels/muon.py"
+BENCH, SWITCH, MUON = "kernels/bench.py", "kernels/__init__.py", "kernels/muon.py"
 TRITON = "tests/kernels/test_kernels.py"
 BOTH = "tests/kernels/test_cpu.py tests/kernels/test_kernels.py"
 
@@ -173,4 +173,14 @@ MUTATIONS = [
     Mutation(MUON, "bf16 on a CPU too", "X.bfloat16() if X.is_cuda else X", "X.bfloat16()"),
     Mutation(MUON, "all of a shape move alike", "for (p, _), update in zip(pairs, X.to(pairs[0][0].dtype)):",
              "for (p, _), update in zip(pairs, X[:1].expand_as(X).to(pairs[0][0].dtype)):"),
+    # ---- kernels/bench.py ----
+    Mutation(BENCH, "the last tiles tried stay", "    module.TILES[key] = entry\n", "", TRITON + " -k tuning"),
+    Mutation(BENCH, "the slowest tiles win", "best = min(best or (took, tile), (took, tile))",
+             "best = max(best or (took, tile), (took, tile))", TRITON + " -k tuning"),
+    Mutation(BENCH, "the smallest tiles are tried first", "key=lambda tile: sum(abs(math.log2(a / b)) for a, b in zip(tile, given)))",
+             "key=lambda tile: tile)", TRITON + " -k tuning"),
+    Mutation(BENCH, "tuning knows no end", "if time.monotonic() > end and tile != tiles[0]:", "if False:", TRITON + " -k tuning"),
+    Mutation(BENCH, "one repeat is enough", "for _ in range(REPEATS) for a, b", "for _ in range(1) for a, b", TRITON + " -k repeats"),
+    Mutation(BENCH, "only the first gradient must repeat", "for a, b in zip(call(), first))", "for a, b in zip(call()[-1:], first[:1]))",
+             "tests/studies/test_gpu_day.py -k errors_and_the_repeats"),
 ]

@@ -1,9 +1,10 @@
-"""Bugs of the world's scenes, of the simplest baseline and of other people's files."""
+"""Bugs of the world's scenes, of the simplest baseline, of other people's files and of the GPU day."""
 
 from tests.mutations import Mutation
 
 SCENES, PRETRAIN = "world/scenes.py", "world/pretrain.py"
 MEANING, GALLERY, ABLATIONS = (f"studies/{name}.py" for name in ("meaning", "gallery", "ablations"))
+DAY, SPEED = "studies/gpu_day.py", "studies/speed.py"
 DENSE, DATASETS, FOLDER = "siblings/dense.py", "published/datasets.py", "published/folder.py"
 LABELS, SAN, WEIGHTS, ARCHIVES = ("published/labels.py", "published/san_checkpoints.py", "published/weights.py",
                                   "published/archives.py")
@@ -227,4 +228,40 @@ MUTATIONS = [
 
     # ---- studies/speed.py ----
     Mutation("studies/speed.py", "one AdamW for all that is trained", "for optimizer in optimizers:", "for optimizer in optimizers[:1]:"),
+    # ---- the GPU day ----
+    Mutation(DAY, "a day has 8,640 seconds", "/ 86_400", "/ 8_640"),
+    Mutation(DAY, "a step of a small batch is the paper's", "days(seconds * BATCH / batch)", "days(seconds)"),
+    Mutation(DAY, "workers are rounded down", "math.ceil(wanted / rate)", "math.floor(wanted / rate)"),
+    Mutation(DAY, "a row that fails ends the day", "        except Exception as error:\n            cells[row.title]",
+             "        except NotMeasured as error:\n            cells[row.title]"),
+    Mutation(DAY, "the page is left at the end only", "        write_files({out: page(command, cells)})\n        print",
+             "        row is listed[-1] and write_files({out: page(command, cells)})\n        print"),
+    Mutation(DAY, "a row has its own time though the day is over", "share = min(row.seconds, seconds - (clock() - start))",
+             "share = row.seconds"),
+    Mutation(DAY, "a row is begun in the last second", "if share < LEAST:", "if share < 0:"),
+    Mutation(DAY, "a timed row does not know its time", "(*row.args, share) if row.timed else row.args", "row.args"),
+    Mutation(DAY, "a dry run measures a GPU", "if dry and row.gpu:", "if False:"),
+    Mutation(DAY, "a dry run measures nothing at all", "if dry and row.gpu:", "if dry:"),
+    Mutation(DAY, "only torch's own error is a lack of memory",
+             'isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text.lower()',
+             "isinstance(error, torch.OutOfMemoryError)"),
+    Mutation(DAY, "a bar in a cell is a column", 'text.replace("|", "/")', "text"),
+    Mutation(DAY, "what a row started stays", "            os.killpg(process.pid, signal.SIGKILL)\n", "            pass\n"),
+    Mutation(DAY, "a row outlives the command", "parent.join(), os.killpg(0, signal.SIGKILL)", "parent.join(),"),
+    Mutation(DAY, "a row's end is not the pipe's", "    there.close() ", "    there "),
+    Mutation(DAY, "the kernels are interpreted on a GPU", 'os.environ.pop("TRITON_INTERPRET", None)', "pass"),
+    Mutation(DAY, "tests that cannot be read have passed", "    if not counts:\n        raise RuntimeError(last)\n", ""),
+    Mutation(DAY, "failing tests recommend the kernels", "if not done.returncode:", "if True:"),
+    Mutation(DAY, "fp32 is not TF32", '    torch.set_float32_matmul_precision("high")\n    label', "    label"),
+    Mutation(DAY, "bits that change are the same", "steady = all(figure", "steady = any(not figure or figure"),
+    Mutation(DAY, "a contender that fails takes the others along", "            except Exception as error:     ",
+             "            except NotMeasured as error:     "),
+    Mutation(DAY, "contenders begin when the time is over", "if time.monotonic() > end:", "if False:"),
+    Mutation(DAY, "the sentence counts calls without gradients", "] * backward\n", "]\n"),
+    Mutation(SPEED, "--dry alone does nothing", "else given & its", "else set()",
+             "tests/studies/test_gpu_day.py -k cannot_be_done"),
+    Mutation(SPEED, "any number of minutes", "if not 1 <= args.minutes <= 600:", "if False:",
+             "tests/studies/test_gpu_day.py -k cannot_be_done"),
+    Mutation(SPEED, "the page needs no place", "        if not args.out:", "        if False:",
+             "tests/studies/test_gpu_day.py -k cannot_be_done"),
 ]
