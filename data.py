@@ -1,8 +1,8 @@
-"""What a sample is: a photo and its labels as arrays, SAN's training augmentation.
+"""What a sample is: a photo and its labels as arrays, and what a dataset owes.
 
     image (H,W,3) uint8 RGB        label (H,W) int64, 0..L-1, or IGNORE = -1 where nobody says what it is
     a photo -> read_image -> resize_short -> to_tensor -> (3,h,w) float32, as CLIP wants it
-    augment: a 480x640 pair -> short side 320, 384, ..., 960 -> 640x640 window -> colour jitter -> flip -> padding
+    in training files go through SAN's augmentation: published/augment.py
 
 A dataset is anything with `names`, `train_names`, `groups` (class ids whose scores are averaged apart), `crop` (S),
 `checksum` (of the names and of what labels hold), `route` (where labels come from), `key` (which images at which size),
@@ -15,8 +15,6 @@ your own, which is the place to see how (published/folder.py), the published set
 Every draw is keyed: `rng_for(seed, word, n)` is the same generator for the same key, whoever asks for it and on however
 many processes.  So there is no sampler and no shuffling state to save: the step number says it all.  Class i has one
 colour everywhere.  Label files: published/labels.py.
-
-# paper: SAN's augmentation.   # differs: PIL's hue in place of OpenCV's, nearest labels by pixel centres (see there).
 
 Tests: tests/test_data.py.  Read next: hsattn.py.
 """
@@ -84,11 +82,11 @@ def read_classes(path):
 # ---- files to arrays, arrays to tensors ----
 def to_tensor(image):
     """Image (H,W,3) uint8 RGB -> (3,H,W) float32 as CLIP wants it: (value / 255 - MEAN) / STD, about -1.8..2.2."""
-    levels = torch.arange(256) / 255                              # a byte has 256 values: the arithmetic once for each
-    table = (levels - torch.tensor(MEAN)[:, None]) / torch.tensor(STD)[:, None]                     # (3,256)
     tensor = np.empty((3, *image.shape[:2]), np.float32)
-    for channel, values, pixels in zip(tensor, table.numpy(), np.moveaxis(image, 2, 0)):
-        np.take(values, pixels, out=channel, mode="clip")         # the mode without a temporary copy
+    for channel, pixels, mean, std in zip(tensor, np.moveaxis(image, 2, 0), MEAN, STD):
+        np.divide(pixels, 255, out=channel, dtype=np.float32)
+        channel -= mean                                           # in place: memory costs more than arithmetic here
+        channel /= std
     return torch.from_numpy(tensor)
 
 
@@ -131,7 +129,8 @@ def read_image(path):
     Raises InputError for a missing, broken or truncated file, and for float or over 16-bit pixels.
     """
     with opened(path) as file:
-        image = ImageOps.exif_transpose(file)
+        ImageOps.exif_transpose(file, in_place=True)
+        image = file
         if image.mode == "F":
             raise InputError(f"{path}: has float pixels, whose range nobody knows; save it as an 8-bit PNG or JPEG")
         if image.mode.startswith("I"):                    # PIL's own conversion clips every value above 255 to white
@@ -141,76 +140,23 @@ def read_image(path):
             image = Image.fromarray(((values + 128) // 257).astype(np.uint8))             # 65535 = 255 * 257 is white
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))       # converting copies even RGB
 
 
-# ---- resizing, and SAN's training augmentation ----
-def resize_short(image, short, long):
-    """Image (H,W,3) uint8, bilinear to short side `short` unless its long side would pass `long`; rounded half up."""
-    h, w = image.shape[:2]
+# ---- resizing ----
+def short_size(h, w, short, long):
+    """(h,w) of a picture with short side `short`, unless its long side would pass `long`; rounded half up."""
     # Multiplied in detectron2's order, so that 53x1024 rounds to 132 high as there: 132.5 is not reached by a hair.
     h, w = (short, short / h * w) if h < w else (short / w * h, short)
     scale = min(1, long / max(h, w))
-    h, w = max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))
-    return np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))                # PIL wants (W, H)
+    return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))
 
 
-def nearest_rows(old, new):
-    """Which of `old` pixels in a row each of `new` shows: the one under its centre.  -> (new,) int64"""
-    # differs: SAN's labels go through torch's "nearest", which samples the corner of a pixel and so shifts them by up
-    # to half a pixel against the image.  This is PIL's: the centre, found in steps that are added up, rounding and all.
-    # Effect on the score: not measured.
-    step = old / new
-    return np.cumsum([step / 2] + [step] * (new - 1)).astype(np.int64)
+def resized(image, h, w, box=None):
+    """Image (H,W,3) uint8, bilinear -> (h,w,3); of its part `box` alone, if given: left, top, right, bottom."""
+    return np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR, box))           # PIL wants (W, H)
 
 
-def shift_hsv(image, gain=1.0, turn=0):
-    """RGB (H,W,3) uint8 with its saturation times `gain` and its hue turned by `turn` (OpenCV's unit: two degrees)."""
-    # differs: PIL's 8-bit HSV in place of OpenCV's, to need no OpenCV: 1 level of 255 on average, at most 14, on noise.
-    h, s, v = Image.fromarray(image).convert("HSV").split()
-    levels = np.arange(256)
-    h = h.point(((levels + round(turn * 255 / 180)) % 255).tolist())                      # PIL's full circle is 255
-    s = s.point((levels * gain).clip(0, 255).astype(np.uint8).tolist())
-    return np.array(Image.merge("HSV", (h, s, v)).convert("RGB"))
-
-
-def jitter(image, rng):
-    """SSD's colour jitter of (H,W,3) uint8: four changes, each with probability 1/2, the contrast early or last."""
-    bright, contrast, early, saturate, turn = rng.random(5) < 0.5
-    shift = rng.uniform(-32, 32)
-    factor, gain = rng.uniform(0.5, 1.5, 2)
-    hue = int(rng.integers(-18, 19))
-    # What becomes of a byte's 256 values: this table gathers the changes and meets the image as late as it can.
-    levels = same = np.arange(256, dtype=np.uint8)
-    harder = (levels * factor).clip(0, 255).astype(np.uint8)
-    if bright:
-        levels = (levels + shift).clip(0, 255).astype(np.uint8)
-    if contrast and early:
-        levels = harder[levels]
-    if saturate or turn:                                          # neighbours in both orders, so one trip to HSV
-        image = shift_hsv(levels.take(image), gain if saturate else 1.0, hue if turn else 0)
-        levels = same
-    if contrast and not early:
-        levels = harder[levels]
-    return image if levels is same else levels.take(image)
-
-
-def augment(image, label, rng, crop, long=2560):
-    """SAN's training augmentation: image (H,W,3) uint8, label (H,W) int64 -> (S,S,3) uint8, (S,S) int64, S = crop.
-
-    Resize (short side 0.5..1.5 times the crop, long side at most `long`), random window, colour jitter, flip, pad.
-    """
-    short = crop * int(rng.integers(5, 16)) // 10                 # 320, 384, ..., 960 for a crop of 640
-    image = resize_short(image, short, long)
-    h, w = image.shape[:2]
-    y, x = int(rng.integers(max(h - crop, 0) + 1)), int(rng.integers(max(w - crop, 0) + 1))
-    # Of the label, only the window is ever made: its rows and columns at once.
-    rows, columns = nearest_rows(label.shape[0], h)[y:y + crop], nearest_rows(label.shape[1], w)[x:x + crop]
-    label = label[rows[:, None], columns]
-    image = jitter(image[y:y + crop, x:x + crop], rng)
-    if rng.random() < 0.5:
-        image, label = image[:, ::-1], label[:, ::-1]
-    below, right = crop - label.shape[0], crop - label.shape[1]   # nothing, where the window is full
-    image = np.pad(image, ((0, below), (0, right), (0, 0)), constant_values=128)
-    label = np.pad(label, ((0, below), (0, right)), constant_values=PADDING)
-    return image, label
+def resize_short(image, short, long):
+    """Image (H,W,3) uint8, bilinear to `short_size`."""
+    return resized(image, *short_size(*image.shape[:2], short, long))

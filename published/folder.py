@@ -12,12 +12,11 @@ Tests: tests/published/test_folder.py, and tests/test_data.py as for every datas
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from cli import InputError, parse_names
-from data import (AUGMENT, IGNORE, ORDER, augment, names_checksum, read_classes, read_image, resize_short,
-                  rng_for, to_tensor)
+from data import AUGMENT, IGNORE, ORDER, names_checksum, read_classes, read_image, resize_short, rng_for, to_tensor
+from published.augment import augment
 from published.labels import read_label
 
 
@@ -121,7 +120,8 @@ class Folder(Pairs):
         if wrong.size:
             raise InputError(f"{path}: has class id {wrong[0]}, but the {len(self.names)} names are ids 0 to "
                              f"{len(self.names) - 1}; name it, or make it the ignore value (now {self.ignore})")
-        return np.where(label == self.ignore, IGNORE, label)
+        label[label == self.ignore] = IGNORE
+        return label
 
 
 def layout(root):

@@ -41,10 +41,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import data
 from cli import InputError, check_device, parse_flags, run_cli
 from data import rng_for
-from published import folder
+from published import augment, folder
 from published.images_of import training_set
 from published.perceptual import vgg_path
 from runs import build, changed, model_class
@@ -170,7 +169,7 @@ def loader(root, rounds, draws=40):
     dataset.label = timed(dataset.label, "read label", spent)
     with ExitStack() as stack:
         for module, name, part in ((folder, "read_image", "read image"), (folder, "to_tensor", "to tensor"),
-                                   (data, "resize_short", "resize image"), (data, "jitter", "colour jitter")):
+                                   (augment, "resized", "resize image"), (augment, "jitter", "colour jitter")):
             stack.enter_context(patch.object(module, name, timed(getattr(module, name), part, spent)))
         start, cpu = time.perf_counter(), time.process_time()
         for n in range(draws):

@@ -1,6 +1,5 @@
-"""What data.py promises: files read exactly or refused, augmentation worked by hand, streams that are keyed."""
+"""What data.py promises: files read exactly or refused, sizes by hand, streams that are keyed."""
 
-import colorsys
 import io
 import pickle
 import struct
@@ -13,8 +12,7 @@ from PIL import Image
 
 import data
 from cli import InputError
-from data import (IGNORE, PADDING, augment, colour_label, jitter, nearest_rows, palette, read_image, resize_short,
-                  rng_for, shift_hsv, to_tensor, to_unit)
+from data import IGNORE, PADDING, colour_label, palette, read_image, resize_short, rng_for, to_tensor, to_unit
 from published.datasets import open_dataset
 from published.folder import layout
 from published.labels import read_label
@@ -180,7 +178,7 @@ def test_a_label_that_is_no_index_map_is_refused(tmp_path, kind, why):
         read_label(path)
 
 
-# ---- resizing and augmentation ----
+# ---- resizing, tensors ----
 @pytest.mark.parametrize("h, w, want", [(480, 640, (640, 853)), (640, 427, (959, 640)), (100, 1000, (256, 2560)),
                                         (481, 640, (640, 852)), (1, 9000, (1, 2560)),
                                         (53, 1024, (132, 2560)), (3072, 33, (2560, 27))])
@@ -192,195 +190,12 @@ def test_the_short_side_becomes_640_unless_the_long_one_passes_2560(h, w, want):
     assert resize_short(np.zeros((h, w, 3), np.uint8), 640, 2560).shape == (*want, 3)
 
 
-def test_nearest_takes_the_pixel_under_the_centre():
-    """2 -> 5: centres .2, .6, 1.0, 1.4, 1.8 lie in pixels 0 0 1 1 1; 5 -> 2: 1.25 and 3.75 in 1 and 3."""
-    assert nearest_rows(2, 5).tolist() == [0, 0, 1, 1, 1] and nearest_rows(5, 2).tolist() == [1, 3]
-    assert nearest_rows(4, 4).tolist() == [0, 1, 2, 3]
-
-
-def test_nearest_is_pils():
-    """The same pixel for every pair of sizes, borders between two pixels included, along rows and along columns."""
-    rng = np.random.default_rng(0)
-    pairs = [(old, new) for old in (*range(1, 12), 427, 480, 640, 1001) for new in (1, 2, 7, 320, 853, 960, 1280)]
-    for old, new in pairs + rng.integers(1, 2000, (100, 2)).tolist():
-        row = Image.fromarray(np.arange(old, dtype=np.int32)[None])
-        assert np.array(row.resize((new, 1), Image.NEAREST))[0].tolist() == nearest_rows(old, new).tolist(), (old, new)
-        column = row.transpose(Image.TRANSPOSE)
-        assert np.array(column.resize((1, new), Image.NEAREST))[:, 0].tolist() == nearest_rows(old, new).tolist()
-
-
-def test_a_resized_label_holds_no_new_ids():
-    """Nearest, so 0 beside 900 never gives 450, and IGNORE stays IGNORE.  2x2 to 5x5, all of it inside the window."""
-    given = np.array([[0, 900], [IGNORE, 900]])
-    image, label = augment(np.zeros((2, 2, 3), np.uint8), given, Dice([0.9], [10, 0, 0, 0]), 5)
-    assert label.dtype == np.int64 and set(np.unique(label)) == {IGNORE, 0, 900}
-    assert label[0, 0] == 0 and label[4, 0] == IGNORE and label[0, 4] == 900
-
-
-def plain_augment(image, label, rng, crop):
-    """`augment` without short cuts: everything resized whole by PIL, then cut; arithmetic on every pixel."""
-    h, w = label.shape
-    scale = crop * int(rng.integers(5, 16)) // 10 / min(h, w)
-    size = int(w * scale + 0.5), int(h * scale + 0.5)
-    image = np.array(Image.fromarray(image).resize(size, Image.BILINEAR)).astype(float)
-    label = np.array(Image.fromarray(label.astype(np.int32)).resize(size, Image.NEAREST))
-    y, x = (int(rng.integers(max(side - crop, 0) + 1)) for side in label.shape)
-    image, label = image[y:y + crop, x:x + crop], label[y:y + crop, x:x + crop]
-    bright, contrast, early, saturate, turn = rng.random(5) < 0.5
-    shift, factor, gain, hue = rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2), int(rng.integers(-18, 19))
-    image = np.floor((image + shift * bright).clip(0, 255))
-    image = np.floor((image * factor).clip(0, 255)) if contrast and early else image
-    if saturate or turn:
-        hsv = np.array(Image.fromarray(image.astype(np.uint8)).convert("HSV")).astype(float)
-        hsv[..., 0] = (hsv[..., 0] + round(hue * turn * 255 / 180)) % 255
-        hsv[..., 1] = np.floor((hsv[..., 1] * (gain if saturate else 1)).clip(0, 255))
-        bands = [Image.fromarray(band) for band in np.moveaxis(hsv.astype(np.uint8), 2, 0)]
-        image = np.array(Image.merge("HSV", bands).convert("RGB")).astype(float)
-    image = np.floor((image * factor).clip(0, 255)) if contrast and not early else image
-    if rng.random() < 0.5:
-        image, label = image[:, ::-1], label[:, ::-1]
-    canvas, ids = np.full((crop, crop, 3), 128.0), np.full((crop, crop), PADDING)
-    canvas[:image.shape[0], :image.shape[1]], ids[:label.shape[0], :label.shape[1]] = image, label
-    return canvas, ids
-
-
-def test_the_fast_way_is_the_plain_way():
-    """Tables of 256 values and windows of labels give the very pixels of the plain arithmetic, draw after draw."""
-    for n in range(60):
-        shape = rng_for(1, n).integers(20, 90, 2)
-        image, label = noise(*shape, seed=n), rng_for(2, n).integers(-1, 300, shape)
-        fast, plain = (f(image, label, rng_for(0, 3, n), 48) for f in (augment, plain_augment))
-        assert (fast[0] == plain[0]).all() and (fast[1] == plain[1]).all(), n
-
-
 def test_to_tensor_is_the_plain_arithmetic_bit_by_bit():
     """(value / 255 - mean) / std in float32, for all 256 values of each channel; views are fine too."""
     image = np.arange(256, dtype=np.uint8)[None, ::-1, None].repeat(3, 2)
     plain = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
     plain = (plain - torch.tensor(data.MEAN).view(3, 1, 1)) / torch.tensor(data.STD).view(3, 1, 1)
     assert torch.equal(to_tensor(image), plain)
-
-
-class Dice:
-    """A stand-in generator whose throws are written down: `coins` for random(), `ints` for integers()."""
-
-    def __init__(self, coins, ints, five=(0.9,) * 5):
-        self.coins, self.ints, self.five = list(coins), list(ints), np.array(five)
-
-    def random(self, n=None):
-        return self.coins.pop(0) if n is None else self.five
-
-    def integers(self, *bounds):
-        value = self.ints.pop(0)
-        assert np.arange(*bounds)[[0, -1]][0] <= value <= np.arange(*bounds)[-1]
-        return value
-
-    def uniform(self, low, high, n=None):
-        return float(high) if n is None else np.array([float(high)] * n)
-
-
-def test_a_flip_moves_image_and_label_together():
-    """Crop 4, scale 10 / 10, no jitter, coin 0.1 < 0.5: the columns of both come out backwards."""
-    image, label = noise(4, 4), np.arange(16).reshape(4, 4)
-    still = augment(image, label, Dice([0.9], [10, 0, 0, 0]), 4)
-    flipped = augment(image, label, Dice([0.1], [10, 0, 0, 0]), 4)
-    assert (still[0] == image).all() and (still[1] == label).all()
-    assert (flipped[0] == image[:, ::-1]).all() and (flipped[1] == label[:, ::-1]).all()
-
-
-def test_a_short_image_is_padded_right_and_below():
-    """4x4 at scale 5 / 10 in a crop of 4: 2x2 of image, the rest grey 128 and PADDING - after the flip, not before."""
-    image, label = augment(np.full((4, 4, 3), 10, np.uint8), np.full((4, 4), 3), Dice([0.1], [5, 0, 0, 0]), 4)
-    assert label.tolist() == [[3, 3, PADDING, PADDING]] * 2 + [[PADDING] * 4] * 2
-    assert (image[label == 3] == 10).all() and (image[label == PADDING] == 128).all()
-
-
-def test_the_window_is_where_the_dice_say():
-    """A 4x6 image, crop 4, window at y = 0, x = 2: columns 2 to 5."""
-    image, label = noise(4, 6), np.arange(24).reshape(4, 6)
-    out = augment(image, label, Dice([0.9], [10, 0, 2, 0]), 4)
-    assert (out[0] == image[:, 2:]).all() and (out[1] == label[:, 2:]).all()
-
-
-def test_the_eleven_scales_of_a_640_crop():
-    """Short sides 320, 384, ..., 960, all drawn; here a square of 640 shows its scale as its unpadded width."""
-    sides = set()
-    for step in range(5, 16):
-        image, label = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.int64)
-        sides.add(int((augment(image, label, Dice([0.9], [step, 0, 0, 0]), 640)[1][0] == 0).sum()))
-    assert sides == {320, 384, 448, 512, 576, 640}                  # the larger five fill the crop
-    drawn = {int(rng_for(0, 3, n).integers(5, 16)) for n in range(200)}
-    assert drawn == set(range(5, 16))
-
-
-def coded(label):
-    """An image whose colour tells its label: class i is grey-free colour number i, far from every other."""
-    hues = [colorsys.hsv_to_rgb(i / 4, 1, 0.6) for i in range(4)]
-    return np.round(255 * np.array(hues)).astype(np.uint8)[label]
-
-
-def test_image_and_label_stay_aligned_through_everything(monkeypatch):
-    """Image colours encode the label; after resize, window, flip and pad they still decode to it, away from borders."""
-    monkeypatch.setattr(data, "jitter", lambda image, rng: image)
-    label = np.kron(np.random.default_rng(0).integers(0, 4, (6, 8)), np.ones((20, 20), np.int64))
-    table = coded(np.arange(4)).astype(int)
-    for n in range(30):
-        image, out = augment(coded(label), label, rng_for(0, 3, n), 96)
-        assert image.shape == (96, 96, 3) and out.shape == (96, 96)
-        assert image.dtype == np.uint8 and out.dtype == np.int64
-        known = out >= 0
-        decoded = abs(image[..., None, :].astype(int) - table).sum(-1).argmin(-1)
-        assert (decoded == out)[known].mean() > 0.95 and (image[~known] == 128).all()       # bilinear blurs the borders
-        same = (out[1:-1, 1:-1] == out[:-2, 1:-1]) & (out[1:-1, 1:-1] == out[2:, 1:-1])
-        same &= (out[1:-1, 1:-1] == out[1:-1, :-2]) & (out[1:-1, 1:-1] == out[1:-1, 2:]) & known[1:-1, 1:-1]
-        assert (decoded == out)[1:-1, 1:-1][same].mean() > 0.998
-
-
-def test_hue_and_saturation_leave_grey_alone_and_turn_red_into_yellow():
-    """Grey has no hue to turn; 60 degrees (30 of OpenCV's) from red: yellow; saturation 0 leaves the largest value."""
-    grey = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
-    assert (shift_hsv(grey, 1.5, 18) == grey).all()
-    red = np.array([[[200, 0, 0]]], np.uint8)
-    assert abs(shift_hsv(red, turn=30).astype(int) - [200, 200, 0]).max() <= 5          # PIL's hue steps: 1.4 degrees
-    assert abs(shift_hsv(red, turn=-60).astype(int) - [0, 0, 200]).max() <= 5
-    assert shift_hsv(red, gain=0.0).tolist() == [[[200, 200, 200]]]
-    assert abs(shift_hsv(noise(50, 50)).astype(int) - noise(50, 50)).mean() < 1         # a round trip, nothing asked
-
-
-def test_brightness_and_contrast_by_hand():
-    """Pixel 100, shift +32, factor 1.5: 132, 150, and both (132 * 1.5 = 198); 250 stops at 255."""
-    image = np.array([[[100, 100, 100], [250, 250, 250]]], np.uint8)
-    yes, no = 0.1, 0.9
-    cases = ((yes, no, [132, 255]), (no, yes, [150, 255]), (yes, yes, [198, 255]), (no, no, [100, 250]))
-    for bright, contrast, want in cases:
-        for early in (yes, no):
-            assert jitter(image, Dice([], [0], (bright, contrast, early, no, no)))[0, :, 0].tolist() == want
-
-
-def test_the_two_orders_of_contrast_differ():
-    """(200,100,100) has saturation 1/2; contrast and saturation times 1.5, in either order.
-
-    Contrast first: (255,150,150) after clipping, saturation 105/255 * 1.5 = 0.618, others 255 * 0.382 = 97.5.
-    Contrast last: saturation 0.75 makes (200,50,50), times 1.5 (255,75,75).
-    """
-    image = np.array([[[200, 100, 100]]], np.uint8)
-    early = jitter(image, Dice([], [0], (0.9, 0.1, 0.1, 0.1, 0.9)))[0, 0].astype(int)
-    late = jitter(image, Dice([], [0], (0.9, 0.1, 0.9, 0.1, 0.9)))[0, 0].astype(int)
-    assert abs(early - [255, 97, 97]).max() <= 2 and abs(late - [255, 75, 75]).max() <= 2
-
-
-def test_hue_and_saturation_have_a_coin_each():
-    """Hue by its largest step, 18 of OpenCV's = 36 degrees, saturation by 1.5; neither waits for the other."""
-    image, no = noise(), 0.9
-    turned, saturated = (jitter(image, Dice([], [18], (no, no, no, *coins))) for coins in ((no, 0.1), (0.1, no)))
-    assert (turned == shift_hsv(image, 1.0, 18)).all() and (saturated == shift_hsv(image, 1.5, 0)).all()
-
-
-def test_jitter_changes_half_of_the_pictures_each_way():
-    """All four changes miss with probability 1/16, so about 1 of 16 pictures comes back untouched."""
-    image = noise()
-    untouched = sum((jitter(image, rng_for(0, 3, n)) == image).all() for n in range(800))
-    assert 25 <= untouched <= 80                                    # 50 expected, sigma 6.8
 
 
 # ---- what every dataset promises: a new class gets a line in this table ----

@@ -134,7 +134,7 @@ MUTATIONS = [
     Mutation(DATASETS, "COCO's training labels are its validation's", 'full = f"{split}2017"', 'full = "val2017"'),
 
     # ---- a folder of yours ----
-    Mutation(FOLDER, "unlabelled pixels stay class 255", "np.where(label == self.ignore, IGNORE, label)", "label"),
+    Mutation(FOLDER, "unlabelled pixels stay class 255", "        label[label == self.ignore] = IGNORE\n", ""),
     Mutation(FOLDER, "the same order in every epoch", "rng_for(seed, ORDER, epoch)", "rng_for(seed, ORDER, 0)"),
     Mutation(FOLDER, "images drawn with replacement", "rng_for(seed, ORDER, epoch).permutation(len(self))",
              "rng_for(seed, ORDER, epoch).integers(len(self), size=len(self))"),

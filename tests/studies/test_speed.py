@@ -6,9 +6,9 @@ from collections import defaultdict
 import pytest
 import torch
 
-import data
 from cli import InputError
 from kernels.muon import Muon
+from published import augment, folder
 from published.folder import Folder
 from runs import build
 from studies import speed
@@ -86,7 +86,7 @@ def test_samples_have_the_presets_size():
 
 def test_the_loader_row_adds_up_to_the_whole_draw(tmp_path, capsys):
     """Images of 640x480; the parts' shares add up to 100 % (six roundings); afterwards nothing is timed any more."""
-    before = data.read_image, data.to_tensor, data.resize_short, data.jitter
+    before = folder.read_image, folder.to_tensor, augment.resized, augment.jitter
     photos(tmp_path, n=2)
     assert Folder(tmp_path).read(1)[0].shape == (480, 640, 3)
     loader(tmp_path, rounds=1, draws=2)
@@ -95,7 +95,7 @@ def test_the_loader_row_adds_up_to_the_whole_draw(tmp_path, capsys):
     assert "images a second of CPU time: " in parts
     shares = [int(part.split()[-1].rstrip("%")) for part in parts.split(", ") if part[-1] == "%"]
     assert len(shares) == 6 and 97 <= sum(shares) <= 103
-    assert (data.read_image, data.to_tensor, data.resize_short, data.jitter) == before
+    assert (folder.read_image, folder.to_tensor, augment.resized, augment.jitter) == before
 
 
 def test_data_is_for_the_loader_only():
