@@ -128,9 +128,8 @@ def read_image(path):
     Transparent pixels are laid on white; 16-bit grey is scaled to 8 bits; everything else goes the way PIL converts it.
     Raises InputError for a missing, broken or truncated file, and for float or over 16-bit pixels.
     """
-    with opened(path) as file:
-        ImageOps.exif_transpose(file, in_place=True)
-        image = file
+    with opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             raise InputError(f"{path}: has float pixels, whose range nobody knows; save it as an 8-bit PNG or JPEG")
         if image.mode.startswith("I"):                    # PIL's own conversion clips every value above 255 to white

@@ -32,10 +32,10 @@ def shift_hsv(image, gain=1.0, turn=0):
     """RGB (H,W,3) uint8 with its saturation times `gain` and its hue turned by `turn` (OpenCV's unit: two degrees).
 
     V is the highest channel, S = (V - lowest) / V.  As the hue turns, one channel at a time moves, from the lowest
-    value to the highest in 60 degrees, or back.  So neither H nor S need be computed.  -> a view of planes (3,H,W)
+    value to the highest in 60 degrees, or back.  So neither H nor S has to be known.  -> a view of planes (3,H,W)
     """
-    # differs: rounded after each change, 1.25 levels of 255 from real HSV at most.  OpenCV's is rounded to 8 bits in
-    # between: 0.5 levels from this on average, 6 at most, on noise.
+    # differs: rounded after each change, at most 1.25 levels of 255 from real HSV for gains up to 1.5.  OpenCV's, of
+    # which 8 bits are kept in between, to need no OpenCV: 0.5 levels from this on average, at most 6, on noise.
     planes = np.ascontiguousarray(np.moveaxis(image, 2, 0))       # R, G, B each for itself: arithmetic is fastest there
     high, low = planes.max(0), planes.min(0)                      # (H,W)
     if turn:
@@ -68,7 +68,7 @@ def jitter(image, rng):
         levels = (levels + shift).clip(0, 255).astype(np.uint8)
     if contrast and early:
         levels = harder[levels]
-    if saturate or turn:                                          # neighbours in both orders, so one trip to HSV
+    if saturate or turn:                                          # neighbours in both orders, so both at once
         image = shift_hsv(through(levels, image), gain if saturate else 1.0, hue if turn else 0)
         levels = same
     if contrast and not early:
@@ -85,7 +85,7 @@ def augment(image, label, rng, crop, long=2560):
     (H, W), (h, w) = label.shape, short_size(*label.shape, short, long)
     y, x = int(rng.integers(max(h - crop, 0) + 1)), int(rng.integers(max(w - crop, 0) + 1))
     # Only the window is ever made: of the label its rows and columns, of the image the box that they show.  PIL's
-    # filter looks beyond the box, so this is the whole, cut, to a level where the box (float32) rounds otherwise.
+    # filter looks beyond the box, so this is the whole, cut, to a level (hardly ever two) where its float32 rounds.
     rows, columns = nearest_rows(H, h)[y:y + crop], nearest_rows(W, w)[x:x + crop]
     box = x * W / w, y * H / h, (x + len(columns)) * W / w, (y + len(rows)) * H / h       # multiplied first: never > W
     image = jitter(resized(image, len(rows), len(columns), box), rng)

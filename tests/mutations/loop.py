@@ -59,7 +59,7 @@ MUTATIONS = [
     Mutation("data.py", "the long side has no limit", "scale = min(1, long / max(h, w))", "scale = 1"),
     Mutation("data.py", "sizes are cut, not rounded", "int(h * scale + 0.5)), max(1, int(w * scale + 0.5))",
              "int(h * scale)), max(1, int(w * scale))"),
-    Mutation("data.py", "photos lie on their side", "ImageOps.exif_transpose(file, in_place=True)", "pass"),
+    Mutation("data.py", "photos lie on their side", "ImageOps.exif_transpose(image, in_place=True)", "pass"),
     Mutation("data.py", "transparent is black", 'image.size, "white")', 'image.size, "black")'),
     Mutation("data.py", "16-bit grey is clipped", "(values + 128) // 257", "values.clip(0, 255)"),
     Mutation("data.py", "the inverse of to_tensor forgets the mean", " + tensor.new_tensor(MEAN).view(3, 1, 1)", ""),
