@@ -12,8 +12,8 @@
 
 Each row runs in a process of its own, so that its peak memory is its own; its first round is not counted, the median of
 the others is.  Peak memory is the process's, on a GPU what torch held there.  A training round is forward, losses,
-backward and the recipe's own optimisers, without drawing the images.  Ratios within one call are comparable; absolute times depend on
-the machine and on what else it does.
+backward and the recipe's own optimisers, without drawing the images.  Ratios within one call are comparable; absolute
+times depend on the machine and on what else it does.
 
 What a part is says the model (Segmenter.parts).  Time within a part counts once, for the part that was entered first.
 
