@@ -50,7 +50,7 @@ TILES = {(None, "bf16", 32): dict(forward=(64, 64, 4), backward=(64, 128, 8)),
          (None, "tf32", 32): dict(forward=(64, 32, 4), backward=(64, 128, 8)),
          (None, "tf32", 64): dict(forward=(64, 32, 4), backward=(64, 128, 8)),
          (None, "fp32", 32): dict(forward=(64, 64, 4), backward=(64, 128, 8)),
-         (None, "fp32", 64): dict(forward=(32, 64, 4), backward=(64, 128, 8))}
+         (None, "fp32", 64): dict(forward=(32, 64, 8), backward=(64, 128, 8))}
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
