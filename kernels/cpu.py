@@ -8,12 +8,14 @@ from memory each time: attention of 128 queries in 8 heads to 12 images of 1,600
 early stage's 307,200 features by 128 codes 150 MiB.  Here a few images, or a few thousand features, go at a time, in one
 piece of memory that is reused, and attention walks through its scores as seldom as it can:
 
-1.  g cancels the denominator of the softmax: g(u / s) = g(u) for s > 0, so the weights need no sum,
-        u_i = Σ_j w_ij v_j,   w_ij = exp(kappa (c_ij - max_j c_ij)),   out_i = u_i / |u_i|
+1.  g cancels the denominator of the softmax: g(u / s) = g(u) for s > 0, so the weights need no sum.  With q' = kappa g(q),
+        u_i = Σ_j w_ij v_j,   w_ij = exp(c_ij - max_j c_ij),   c_ij = q'_iᵀ g(k_j),   out_i = u_i / |u_i|
 2.  The gradient G_i = (d_i - out_i (out_iᵀ d_i)) / |u_i| that reaches u is tangent to out, so Σ_j w_ij G_iᵀ v_j =
-    G_iᵀ u_i = 0: the term that a softmax's backward subtracts in each row.  What is left, r_ij = kappa w_ij G_iᵀ v_j:
-        dv = wᵀ G,   dg(q) = r g(k),   dg(k) = rᵀ g(q)
-3.  |x| changes no argmax: features are scored as they come, and only the winner's cosine is divided by the length.
+    G_iᵀ u_i = 0: the term that a softmax's backward subtracts in each row.  What is left, r_ij = w_ij G_iᵀ v_j:
+        dv = wᵀ G,   dg(q) = kappa r g(k),   dg(k) = rᵀ q'
+3.  |x| changes no argmax: `assign` scores features as they come, and only the winner's cosine is divided by the length.
+4.  With e the chosen code and l the loss's upstream gradient, the loss pulls code and feature towards each other:
+        de = 2/D l (e - g(x)),   dg(x) = dzq - beta de
 
 Inside a compiled or exported graph there is no loop over any number of rows: all rows are one part there.
 
@@ -31,6 +33,11 @@ CACHED = 2**21                             # weights held at a time: 8 MiB of fp
 CHUNK = 4096                               # features scored at a time: (4096,K) scores stay in its cache
 
 
+def through_g(d, unit, length):
+    """The gradient that reaches x when d reaches g(x) = unit: what of d is tangent to the sphere, over |x|."""
+    return (d - unit * (unit * d).sum(-1, keepdim=True)) / length
+
+
 class MeanShift(torch.autograd.Function):
     """`hypersphere_attention` of one part of the batch, with the gradient written out: steps 1 and 2 of the header."""
 
@@ -38,10 +45,10 @@ class MeanShift(torch.autograd.Function):
     def forward(ctx, q, k, v, kappa, mask):
         q_length, k_length = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k))
         q, k = q / q_length, k / k_length
-        w = q @ k.transpose(-1, -2)                                                       # (...,N,P), cosines
+        w = kappa * q @ k.transpose(-1, -2)                                               # (...,N,P)
         if mask is not None:
             w.masked_fill_(~mask, -torch.inf)
-        w.sub_(w.amax(-1, keepdim=True).clamp(min=-1)).mul_(kappa).exp_()                 # no key at all: w = 0, out = 0
+        w.sub_(w.amax(-1, keepdim=True).clamp(min=-kappa)).exp_()                         # no key at all: w = 0, out = 0
         out = w @ v
         length = out.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         out /= length
@@ -52,12 +59,10 @@ class MeanShift(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         q, k, v, q_length, k_length, w, out, length = ctx.saved_tensors
-        G = (d - out * (out * d).sum(-1, keepdim=True)) / length                          # (...,N,D), tangent to out
-        r = (G @ v.transpose(-1, -2)).mul_(w).mul_(ctx.kappa)                             # (...,N,P)
-        dv, dq, dk = w.transpose(-1, -2) @ G, r @ k, r.transpose(-1, -2) @ q
-        dq, dk = ((dx - x * (x * dx).sum(-1, keepdim=True)) / length                      # through g: tangent again
-                  for dx, x, length in ((dq, q, q_length), (dk, k, k_length)))
-        return dq, dk, dv, None, None
+        G = through_g(d, out, length)                                                     # (...,N,D)
+        r = (G @ v.transpose(-1, -2)).mul_(w)                                             # (...,N,P)
+        dv, dq, dk = w.transpose(-1, -2) @ G, ctx.kappa * (r @ k), r.transpose(-1, -2) @ (ctx.kappa * q)
+        return through_g(dq, q, q_length), through_g(dk, k, k_length), dv, None, None
 
 
 def hypersphere_attention(q, k, v, kappa, mask=None):
@@ -109,14 +114,38 @@ def assign(x, codes):
     return index, code, cosine
 
 
+class Quantise(torch.autograd.Function):
+    """`quantise` of some features to unit codes, with the gradient written out: step 4 of the header."""
+
+    @staticmethod
+    def forward(ctx, x, codes, beta):
+        length = x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        x = x / length
+        index = nearest(x, codes)
+        code = F.embedding(index, codes)                      # straight through: the value of zq is the code's
+        ctx.save_for_backward(x, codes, index, length)
+        ctx.mark_non_differentiable(index)
+        ctx.set_materialize_grads(False)
+        ctx.beta = beta
+        return code, index, (code - x).square().mean(1) * (1 + beta)
+
+    @staticmethod
+    def backward(ctx, dzq, _, dloss):
+        x, codes, index, length = ctx.saved_tensors
+        if dloss is None:
+            return through_g(dzq, x, length), None, None
+        dcode = (F.embedding(index, codes) - x).mul_(dloss[:, None] * (2 / x.shape[1]))
+        dcodes = torch.ops.aten.embedding_dense_backward(dcode, index, len(codes), -1, False)       # always in one order
+        dx = -ctx.beta * dcode if dzq is None else dzq - ctx.beta * dcode
+        return through_g(dx, x, length), dcodes, None
+
+
 def quantise(x, codes, beta=0.25):
     """Assignment with a straight-through gradient and its loss; see vq.quantise.
 
     x (n,D), codes (K,D), of any length -> zq (n,D), index (n) int64, loss (n) of each feature.
     """
-    x, codes = F.normalize(x, dim=-1), F.normalize(codes, dim=-1).to(x.dtype)
-    index = nearest(x, codes)
-    code = F.embedding(index, codes)
-    zq = x + (code - x).detach()                              # straight through
-    loss = (code - x.detach()).square().mean(1) + beta * (x - code.detach()).square().mean(1)
-    return zq, index, loss
+    codes = F.normalize(codes, dim=-1).to(x.dtype)
+    parts = [x] if torch.compiler.is_compiling() else x.split(2 * CHUNK)                  # each in two chunks of scores
+    zq, index, loss = zip(*(Quantise.apply(part, codes, beta) for part in parts))
+    return torch.cat(zq), torch.cat(index), torch.cat(loss)

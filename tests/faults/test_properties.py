@@ -101,7 +101,8 @@ def test_what_goes_on_is_the_code_in_value_and_the_unit_feature_in_gradient(draw
         zq, index, loss = form.quantise(x, codes)
         assert (zq - F.normalize(codes, dim=-1)[index]).abs().max() <= 4 * U
         to_x, to_codes = torch.autograd.grad(zq, (x, codes), up, retain_graph=True, allow_unused=True)
-        assert torch.equal(to_x, expected) and to_codes is None
+        off = (to_x - expected) * x.norm(dim=1, keepdim=True).clamp(min=1e-12)             # written by hand in cpu.py
+        assert (off.abs().amax(1) <= 4 * U * up.abs().sum(1)).all() and to_codes is None
         torch.testing.assert_close(loss.double(), 1.25 * (unit(x) - unit(codes)[index]).square().mean(1), rtol=0, atol=1e-5)
 
 
