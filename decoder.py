@@ -26,6 +26,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cli import InputError
 from data import MEAN
@@ -145,12 +146,13 @@ class Decoder(nn.Module):
     `scales`: stage -> how many times finer than the side grid it is, finest first: {"early": 4, "mid": 2, "late": 1}.
     `stages`: those of them that keep their SPADE block and cross-attention (default all); every Up stays.
     `tasks`: ("masks", "pixels"), or one of them (the ablation with two separate decoders).
+    `recompute`: what is inside the blocks is made again in the backward pass, not kept for it: equal bits, less memory.
     """
 
     def __init__(self, *, code_dim, query_width, width, heads, spade_hidden, scales, patch, clip_heads,
-                 stages=None, tasks=("masks", "pixels")):
+                 stages=None, tasks=("masks", "pixels"), recompute=False):
         super().__init__()
-        self.scales, self.code_dim = dict(scales), code_dim
+        self.scales, self.code_dim, self.recompute = dict(scales), code_dim, recompute
         self.order = list(scales)[::-1]                       # up from the side grid: late, mid, early
         self.stages = [s for s in self.order if stages is None or s in stages]
         self.lift = nn.ModuleDict({s: nn.Linear(code_dim, width) for s in ["latent", *self.stages]})      # W_post
@@ -183,13 +185,13 @@ class Decoder(nn.Module):
             y = on_map(self.up[stage], y).contiguous()                                    # (B,h,w,c) of this stage
             if stage in self.spade:
                 c = zq.get(stage, y.new_zeros(1, self.code_dim, *y.shape[1:3])).permute(0, 2, 3, 1)       # (B,h,w,D)
-                y = self.spade[stage](y, y.shape[1] // g[0], self.lift[stage](c))
+                y = self.run(self.spade[stage], y, y.shape[1] // g[0], self.lift[stage](c))
                 if self.head:
                     q = self.cross[stage](q, y)
         if self.head and self.training:
             self.predict(q, self.norm(y), g, out)
         for block in self.plain:
-            y = block(y, y.shape[1] // g[0])
+            y = self.run(block, y, y.shape[1] // g[0])
         y = self.norm(y)
         if self.head:
             self.predict(q, y, g, out)
@@ -197,10 +199,12 @@ class Decoder(nn.Module):
             out["image"] = self.pixel_head(y.permute(0, 3, 1, 2))                         # (B,3,H,W)
         return out
 
+    def run(self, block, *inputs):
+        return checkpoint(block, *inputs, use_reentrant=False) if self.recompute and self.training else block(*inputs)
+
     def predict(self, q, y, g, out):
-        masks, bias = self.head(q, y, on_map(lambda x: F.avg_pool2d(x, y.shape[1] // g[0]), y))
-        out["masks"].append(masks)
-        out["bias"].append(bias)
+        for name, made in zip(("masks", "bias"), self.head(q, y, on_map(lambda x: F.avg_pool2d(x, y.shape[1] // g[0]), y))):
+            out[name].append(made)
 
 
 if __name__ == "__main__":

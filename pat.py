@@ -66,6 +66,7 @@ class PATConfig:
     unified: bool = False                       # one embedding is queries and every codebook
     separate_decoders: bool = False             # one for pixels, one for masks
     decoder_stages: tuple = choice(*PYRAMID, default=PYRAMID)  # those that keep their SPADE block and cross-attention
+    recompute: bool = False                     # less memory in training, more time: see decoder.py
     kernels: str = choice(*CHOICES, default="auto")  # plain, triton, or auto: Triton on a GPU, kernels/cpu.py on a CPU
     points: int = number(12544, 1, 10**6)       # for matching and for the mask losses, an image
     w_vq: float = number(0.1, 0, 1e6)           # weights of L_VQ, L_align, L_rec
@@ -238,7 +239,7 @@ class PAT(TokenPyramid, SAN):
         def decoder(*tasks):
             return Decoder(code_dim=c.code_dim, query_width=width, width=c.decoder_width, heads=c.decoder_heads,
                            spade_hidden=c.spade_hidden, scales=dict(zip(PYRAMID, c.scales)), patch=c.side.patch,
-                           clip_heads=self.vlm.heads, stages=c.decoder_stages, tasks=tasks)
+                           clip_heads=self.vlm.heads, stages=c.decoder_stages, tasks=tasks, recompute=c.recompute)
 
         self.pixels = PixelBranch(width=width, codes=pyramid_codes, scales=c.scales, patch=c.side.patch,
                                   residual=c.residual, quantiser=quantiser)

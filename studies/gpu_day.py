@@ -194,12 +194,13 @@ def say_loading(rate, before):
             f"one worker draws the images of 120,000 steps in {days(BATCH / rate):.3g} days")
 
 
-def rows(measure, loading):
-    """The most important first.  measure, loading: studies.speed's."""
+def rows(measure, titled, loading):
+    """The most important first.  measure, titled, loading: studies.speed's."""
     def steps(batch):
-        return [Row(f"{name.upper()}{f', kernels {kernels}' if kernels else ''}, batch {batch}", 75, measure,
-                    ("coco", name, kernels, True, batch, ROUNDS, "cuda"), partial(say_step, batch))
-                for name, kernels in (("pat", "triton"), ("san", None), ("pat", "plain"))]
+        rows = (("pat", {"kernels": "triton"}), ("san", {}), ("pat", {"kernels": "plain"}),
+                ("pat", {"kernels": "triton", "recompute": True}))
+        return [Row(f"{titled(name, chosen)}, batch {batch}", 75, measure, ("coco", name, chosen, True, batch, ROUNDS, "cuda"),
+                    partial(say_step, batch)) for name, chosen in rows]
 
     def compared(dtype, word):
         return [Row(f"{operation}, {word}, against others", 100, versus, (operation, dtype), timed=True)
@@ -250,10 +251,10 @@ def fill(out, command, listed, seconds, dry, clock=time.monotonic, alone=alone):
         print(f"{clock() - start:4.0f} s  {row.title}: {cells[row.title][0]}", flush=True)
 
 
-def everything(measure, loading, out, minutes, dry, words):
+def everything(measure, titled, loading, out, minutes, dry, words):
     """The command that was typed as `words`.  Raises InputError without a GPU, unless it is a dry run."""
     if not dry and not torch.cuda.is_available():
         raise InputError("--everything: no GPU is visible here; --dry writes the page without a GPU's figures")
     if not dry:
         os.environ.pop("TRITON_INTERPRET", None)              # natively, in every process from here on
-    fill(out, f"python -m studies.speed {shlex.join(words)}", rows(measure, loading), 60 * minutes - MARGIN, dry)
+    fill(out, f"python -m studies.speed {shlex.join(words)}", rows(measure, titled, loading), 60 * minutes - MARGIN, dry)

@@ -5,6 +5,8 @@
     python -m studies.speed --preset coco-eva
     python -m studies.speed --preset coco --device cuda    batch 12 in training, 1 in inference, bf16; PAT twice: by
                                             Triton, and by the plain functions
+    python -m studies.speed --preset coco --memory         training steps of 1, 2 and 4 images, PAT with and without
+                                            `recompute`: their peaks
     python -m studies.speed --loader        images/s of one data-loading process, 640x480 JPEGs; share of time per part
     python -m studies.speed --loader --data DIR    the same of COCO-Stuff's training images, or of a folder of yours
     python -m studies.speed --everything --out docs/gpu.md    on a GPU: all that there is to measure, as one page, in
@@ -100,12 +102,17 @@ def samples(config, n):
     return torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn]), torch.arange(n)
 
 
-def measure(preset, model_name, kernels, training, batch, rounds, device):
+def titled(model_name, chosen):
+    """What a row is called: ("pat", {"kernels": "triton", "recompute": True}) -> "PAT, kernels triton, recompute"."""
+    return ", ".join([model_class(model_name).__name__, *(name if value is True else f"{name} {value}"
+                                                          for name, value in chosen.items())])
+
+
+def measure(preset, model_name, chosen, training, batch, rounds, device):
     """(median seconds a round, peak GiB, mean seconds a round, and each part's of those); run in a fresh process.
 
-    kernels: the choice of a model that has one, else None.
+    chosen: what is not the preset's, {"kernels": "plain"}.
     """
-    chosen = {} if kernels is None else {"kernels": kernels}
     config = recipe(preset, model_name, pretrained="none", batch=batch, **chosen)
     if getattr(config.run.net, "perceptual", False) and not vgg_path().is_file():
         config = changed(config, perceptual=False)            # the first line of the table says so
@@ -194,6 +201,7 @@ def main(argv=None):
     parser.add_argument("--preset", default="world", choices=("world", "coco", "coco-eva", "coco-large"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--memory", action="store_true", help="the peaks of training steps of 1, 2 and 4 images")
     parser.add_argument("--loader", action="store_true", help="the data loader in place of the model")
     parser.add_argument("--data", metavar="DIR", help="with --loader: its images (default: 40 made up)")
     parser.add_argument("--everything", action="store_true", help="a page of all that there is to measure on a GPU")
@@ -211,32 +219,34 @@ def main(argv=None):
         if not 1 <= args.minutes <= 600:
             raise InputError(f"--minutes {args.minutes:g}: takes a number from 1 to 600")
         words = sys.argv[1:] if argv is None else argv
-        return gpu_day.everything(measure, loading, args.out, args.minutes, args.dry, words)
+        return gpu_day.everything(measure, titled, loading, args.out, args.minutes, args.dry, words)
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds}: takes a positive number")
     check_device(args.device)
     if args.data and not args.loader:
         raise InputError("--data: only together with --loader")
+    if args.loader and args.memory:
+        raise InputError("--memory: not together with --loader")
     if args.loader:
         return loading(args.data, args.rounds)
     batches = (16, 16) if args.preset == "world" else (12, 1) if args.device == "cuda" else (1, 1)
+    rounds = [(True, 1), (True, 2), (True, 4)] if args.memory else list(zip((True, False), batches))
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{args.preset}, torch {torch.__version__}, {chip}, batch {batches[0]} in training, {batches[1]} in "
-          f"inference, median of {args.rounds} rounds after one" +
+    print(f"{args.preset}, torch {torch.__version__}, {chip}, median of {args.rounds} rounds after one" +
           (", without LPIPS, whose VGG-16 is not here" if args.preset != "world" and not vgg_path().is_file() else ""))
-    print(f"{'':24}{'s/round':>9}{'images/s':>10}{'peak GiB':>10}{'vs SAN':>8}")
-    kernels = ("triton", "plain") if args.device == "cuda" else ("auto",)
-    rows = [("san", None), *(("pat", choice) for choice in kernels)]
+    print(f"{'':36}{'s/round':>9}{'images/s':>10}{'peak GiB':>10}{'vs SAN':>8}")
+    kinds = [{"kernels": "triton"}, {"kernels": "plain"}] if args.device == "cuda" else [{}]
+    rows = [("san", {}), *(("pat", chosen) for chosen in ([{}, {"recompute": True}] if args.memory else kinds))]
     spawn = multiprocessing.get_context("spawn")
-    for training, batch in zip((True, False), batches):
+    for training, batch in rounds:
         baseline, what = None, "training" if training else "inference"
-        for name, choice in rows:
+        for name, chosen in rows:
             with ProcessPoolExecutor(1, spawn) as fresh:
-                row = fresh.submit(measure, args.preset, name, choice, training, batch, args.rounds, args.device)
+                row = fresh.submit(measure, args.preset, name, chosen, training, batch, args.rounds, args.device)
                 seconds, peak, mean, spent = row.result()
             baseline = baseline or seconds                    # SAN, the first row
-            title = f"{model_class(name).__name__} {what}" + (f", {choice}" if choice and len(kernels) > 1 else "")
-            print(f"{title:24}{seconds:9.3f}{batch / seconds:10.1f}{peak:10.2f}{seconds / baseline:8.2f}", flush=True)
+            title = f"{titled(name, chosen)}: {what}, {batch}"
+            print(f"{title:36}{seconds:9.3f}{batch / seconds:10.1f}{peak:10.2f}{seconds / baseline:8.2f}", flush=True)
             spent["losses, backward, optimiser" if training else "rest"] = mean - sum(spent.values())
             print("    " + ", ".join(f"{part} {100 * s / mean:.0f}%" for part, s in spent.items()), flush=True)
 

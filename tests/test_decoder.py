@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import decoder
 from cli import InputError
 from decoder import SPADE, CrossAttn, Decoder, DecoderBlock, DySample, PooledSelfAttn, Up, log2
 
@@ -121,6 +122,36 @@ def test_a_removed_stage_keeps_its_up():
     decoder = small(stages=("late",))
     assert list(decoder.spade) == list(decoder.cross) == ["late"] and [len(decoder.up[s]) for s in decoder.up] == [0, 1, 1]
     assert decoder(codes(), torch.randn(2, 5, 12))["image"].shape == (2, 3, 32, 32)
+
+
+def test_recomputing_keeps_less_and_changes_no_bit():
+    """Outputs and every gradient the same bits, with less than two thirds of the numbers kept for the backward pass."""
+    plain, again = small().train(), small(recompute=True).train()
+    again.load_state_dict(plain.state_dict())
+    zq, q, kept, grads, outs = codes(), torch.randn(2, 5, 12), [], [], []
+    for model in (plain, again):
+        kept.append(0)
+
+        def count(x):
+            kept[-1] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            out = model({s: x.requires_grad_() for s, x in zq.items()}, q)
+        outs.append([*out["masks"], *out["bias"], out["image"]])
+        loss = sum(x.square().mean() for x in outs[-1])
+        grads.append(torch.autograd.grad(loss, [*zq.values(), *model.parameters()]))
+    assert all(map(torch.equal, outs[0], outs[1])) and all(map(torch.equal, grads[0], grads[1]))
+    assert kept[1] < 2 / 3 * kept[0]
+
+
+def test_recomputing_is_for_training_only(monkeypatch):
+    ran = []
+    monkeypatch.setattr(decoder, "checkpoint", lambda block, *inputs, use_reentrant: (ran.append(block), block(*inputs))[1])
+    for training, recompute, times in ((True, True, 5), (True, False, 0), (False, True, 0)):
+        small(recompute=recompute).train(training)(codes(), torch.randn(2, 5, 12))
+        assert len(ran) == times                              # three SPADE blocks, two plain ones
+        ran.clear()
 
 
 def test_the_names_and_the_number_of_stages_are_the_scales():

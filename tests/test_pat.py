@@ -52,6 +52,13 @@ def test_every_trained_parameter_gets_a_gradient():
     assert every_gradient(model, model(images(), TEXT)) == []
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_recompute_reaches_every_decoder(separate):
+    model = world(separate_decoders=separate, recompute=True)
+    decoders = [model.decoder, model.pixel_decoder] if separate else [model.decoder]
+    assert all(decoder.recompute for decoder in decoders) and not world().decoder.recompute
+
+
 def test_pyramid_codes_know_nothing_of_queries_and_side_blocks():
     """Change every side block, the queries and the semantic stages: early, mid, late stay bit for bit, latent moves."""
     model = world().eval()

@@ -2,21 +2,21 @@
 
 from tests.mutations import Mutation
 
-READ_LATE = """                y = self.spade[stage](y, y.shape[1] // g[0], self.lift[stage](c))
+READ_LATE = """                y = self.run(self.spade[stage], y, y.shape[1] // g[0], self.lift[stage](c))
                 if self.head:
                     q = self.cross[stage](q, y)
 """
 READ_EARLY = """                if self.head:
                     q = self.cross[stage](q, y)
-                y = self.spade[stage](y, y.shape[1] // g[0], self.lift[stage](c))
+                y = self.run(self.spade[stage], y, y.shape[1] // g[0], self.lift[stage](c))
 """
 FIRST_THEN_BLOCKS = """        if self.head and self.training:
             self.predict(q, self.norm(y), g, out)
         for block in self.plain:
-            y = block(y, y.shape[1] // g[0])
+            y = self.run(block, y, y.shape[1] // g[0])
 """
 BLOCKS_THEN_FIRST = """        for block in self.plain:
-            y = block(y, y.shape[1] // g[0])
+            y = self.run(block, y, y.shape[1] // g[0])
         if self.head and self.training:
             self.predict(q, self.norm(y), g, out)
 """
@@ -50,6 +50,11 @@ MUTATIONS = [
     Mutation("hsattn.py", "plain attention forgets 1/sqrt(d)", "F.scaled_dot_product_attention(q, k, v)",
              "F.scaled_dot_product_attention(q, k, v, scale=1.0)"),
     # --- decoder.py, Eq. 3 ---
+    Mutation("decoder.py", "nothing is recomputed", "if self.recompute and self.training else", "if False else"),
+    Mutation("decoder.py", "scoring recomputes too", "if self.recompute and self.training else", "if self.recompute else"),
+    Mutation("decoder.py", "the SPADE blocks keep all", "self.run(self.spade[stage],", "self.spade[stage]("),
+    Mutation("decoder.py", "the plain blocks keep all", "self.run(block,", "block("),
+    Mutation("pat.py", "recompute reaches no decoder", ", recompute=c.recompute)", ")"),
     Mutation("decoder.py", "SPADE scales by gamma, not 1 + gamma", "* (1 + gamma) + beta", "* gamma + beta"),
     Mutation("decoder.py", "gamma and beta swapped", "gamma, beta = on_map", "beta, gamma = on_map"),
     Mutation("decoder.py", "SPADE without its activation", "F.leaky_relu(on_map(self.shared, c), 0.2)",
@@ -90,9 +95,9 @@ MUTATIONS = [
              "y.new_ones(1, self.code_dim"),
     Mutation("decoder.py", "a missing stage skips its block", "if stage in self.spade:",
              "if stage in self.spade and stage in zq:"),
-    Mutation("decoder.py", "the decoder pools always by 2", "y = self.spade[stage](y, y.shape[1] // g[0],",
-             "y = self.spade[stage](y, 2,"),
-    Mutation("decoder.py", "the plain blocks pool always by 2", "y = block(y, y.shape[1] // g[0])",
+    Mutation("decoder.py", "the decoder pools always by 2", "y = self.run(self.spade[stage], y, y.shape[1] // g[0],",
+             "y = self.run(self.spade[stage], y, 2,"),
+    Mutation("decoder.py", "the plain blocks pool always by 2", "y = self.run(block, y, y.shape[1] // g[0])",
              "y = block(y, 2)"),
     Mutation("decoder.py", "queries read y before SPADE", READ_LATE, READ_EARLY),
     Mutation("decoder.py", "queries start anew at each stage", "q = self.cross[stage](q, y)",

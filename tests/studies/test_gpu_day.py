@@ -18,10 +18,13 @@ from studies.gpu_day import STEP, NotMeasured, Row, alone, days, fill, kernel_te
 
 TITLES = ["this machine", "pytest tests/kernels",
           "PAT, kernels triton, batch 12", "SAN, batch 12", "PAT, kernels plain, batch 12",
+          "PAT, kernels triton, recompute, batch 12",
           "kernels, bf16, against float64", "kernels, TF32, against float64",
           "attention, bf16, against others", "assign, bf16, against others", "data loading",
           "PAT, kernels triton, batch 4", "SAN, batch 4", "PAT, kernels plain, batch 4",
+          "PAT, kernels triton, recompute, batch 4",
           "PAT, kernels triton, batch 1", "SAN, batch 1", "PAT, kernels plain, batch 1",
+          "PAT, kernels triton, recompute, batch 1",
           "attention, TF32, against others", "assign, TF32, against others"]
 
 
@@ -224,7 +227,7 @@ if __name__ == "__main__":
 def test_the_days_of_the_papers_steps_by_hand():
     """0.72 s a step: 86,400 s.  Of four images, three such rounds a step; of one, twelve."""
     assert days(0.72) == pytest.approx(1) and days(1) == pytest.approx(120_000 / 86_400)
-    said = {row.title: row.say((0.72, 10.5, 0.8, {}), {}) for row in rows(speed.measure, quick) if row.work is speed.measure}
+    said = {row.title: row.say((0.72, 10.5, 0.8, {}), {}) for row in rows(speed.measure, speed.titled, quick) if row.work is speed.measure}
     assert said["SAN, batch 12"] == ("0.720 s, 16.7 images/s, peak 10.50 GiB", "120,000 steps take 1 days")
     assert said["SAN, batch 4"] == ("0.720 s, 5.6 images/s, peak 10.50 GiB", "120,000 steps, 3 x 4 images each, take 3 days")
     assert said["SAN, batch 1"][1] == "120,000 steps, 12 x 1 images each, take 12 days"
@@ -232,7 +235,7 @@ def test_the_days_of_the_papers_steps_by_hand():
 
 def test_how_many_workers_feed_a_gpu_by_hand():
     """12 images in 0.1 s are 120 a second: five workers of 25 or 29, four of 30; 1,440,000 images / 30 are 48,000 s."""
-    say = next(row.say for row in rows(speed.measure, quick) if row.title == "data loading")
+    say = next(row.say for row in rows(speed.measure, speed.titled, quick) if row.title == "data loading")
     for rate, workers in ((25, 5), (29, 5), (30, 4)):
         cell, sentence = say(rate, {STEP: (0.1, 10.0)})
         assert f"workers for {STEP}: {workers}, for 120.0 images/s; {os.cpu_count()} cores here" in cell
@@ -242,12 +245,14 @@ def test_how_many_workers_feed_a_gpu_by_hand():
 
 def test_a_step_is_measured_by_the_command_that_measures_steps():
     """Every row's arguments fit, and one of them, small, comes out of its process as a row can say it."""
-    listed = [row for row in rows(speed.measure, quick) if row.work is speed.measure]
+    listed = [row for row in rows(speed.measure, speed.titled, quick) if row.work is speed.measure]
     bound = [inspect.signature(speed.measure).bind(*row.args).arguments for row in listed]
-    assert [(b["model_name"], b["kernels"], b["batch"]) for b in bound] == [
-        (*model, batch) for batch in (12, 4, 1) for model in (("pat", "triton"), ("san", None), ("pat", "plain"))]
+    kinds = (("pat", {"kernels": "triton"}), ("san", {}), ("pat", {"kernels": "plain"}),
+             ("pat", {"kernels": "triton", "recompute": True}))
+    assert [(b["model_name"], b["chosen"], b["batch"]) for b in bound] == [
+        (*model, batch) for batch in (12, 4, 1) for model in kinds]
     assert all((b["preset"], b["training"], b["device"]) == ("coco", True, "cuda") for b in bound) and STEP in TITLES
-    cell, sentence = listed[1].say(alone(speed.measure, ("world", "san", None, True, 1, 1, "cpu"), 300), {})
+    cell, sentence = listed[1].say(alone(speed.measure, ("world", "san", {}, True, 1, 1, "cpu"), 300), {})
     assert " images/s, peak " in cell and sentence.startswith("120,000 steps take ")
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,11 +46,11 @@ def test_every_part_reports_and_the_answer_stays():
                           "recognition"}
 
 
-@pytest.mark.parametrize("name, kernels", [("san", None), ("pat", "auto"), ("dense", None)])
-def test_a_row_measures_any_model_of_the_registry(name, kernels):
+@pytest.mark.parametrize("name, chosen", [("san", {}), ("pat", {"recompute": True}), ("dense", {})])
+def test_a_row_measures_any_model_of_the_registry(name, chosen):
     """A round of training and one of inference: the parts take no longer than the whole, CLIP's features among them."""
     for training in (True, False):
-        median, peak, mean, spent = measure("world", name, kernels, training, 2, 1, "cpu")
+        median, peak, mean, spent = measure("world", name, chosen, training, 2, 1, "cpu")
         assert 0 < sum(spent.values()) <= mean and median == mean and peak > 0
         assert "CLIP features" in spent and ("decoder" in spent) == (name == "pat")
 
@@ -59,14 +60,14 @@ def test_a_round_of_training_ends_with_the_recipes_own_optimisers(monkeypatch):
     stepped = []
     monkeypatch.setattr(Muon, "step", lambda self: stepped.append("muon"))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: stepped.append("adamw"))
-    measure("world", "san", None, True, 2, 1, "cpu")
+    measure("world", "san", {}, True, 2, 1, "cpu")
     assert stepped == ["adamw", "muon"] * 2
 
 
 def test_where_vgg_is_missing_a_row_is_measured_without_lpips_and_the_table_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(speed, "recipe", lambda *args, **numbers: recipe("world", "pat", **{**numbers, "perceptual": True}))
-    assert measure("world", "pat", "auto", True, 1, 1, "cpu")[0] > 0
+    assert measure("world", "pat", {}, True, 1, 1, "cpu")[0] > 0
 
     def first_row(*_):
         raise InputError("enough")
@@ -76,6 +77,29 @@ def test_where_vgg_is_missing_a_row_is_measured_without_lpips_and_the_table_says
         with pytest.raises(InputError, match="enough"):
             main(["--preset", preset])
         assert ("without LPIPS, whose VGG-16 is not here" in capsys.readouterr().out) == told
+
+
+def test_memory_is_three_batches_of_three_rows(monkeypatch, capsys):
+    """SAN, PAT, PAT with recompute, each training with 1, 2 and 4 images; ratios are to SAN with as many."""
+    asked = []
+
+    class Fresh:
+        def __init__(self, *_): ...
+        def __enter__(self): return self
+        def __exit__(self, *_): ...
+
+        def submit(self, function, preset, name, chosen, training, batch, rounds, device):
+            asked.append((preset, name, chosen, training, batch))
+            return SimpleNamespace(result=lambda: (batch * (1.0 if name == "san" else 4.0), 2.5, 1.0, {}))
+
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", Fresh)
+    main(["--preset", "coco", "--memory", "--rounds", "1"])
+    assert asked == [("coco", name, chosen, True, batch) for batch in (1, 2, 4)
+                     for name, chosen in (("san", {}), ("pat", {}), ("pat", {"recompute": True}))]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:3] in ("SAN", "PAT")]
+    assert lines[5].split() == ["PAT,", "recompute:", "training,", "2", "8.000", "0.2", "2.50", "4.00"]
+    with pytest.raises(InputError, match="--memory: not together with --loader"):
+        main(["--memory", "--loader"])
 
 
 def test_samples_have_the_presets_size():
