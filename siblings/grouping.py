@@ -25,7 +25,7 @@ belong to places; its A is what bilinear up-sampling assigns, and all the rest s
 
 # paper: the two matrices, their order, three rounds, skip connections, local then dense (arXiv 2505.16993).  It has no
 # code: from others' summaries of it.   # ours: a 3x3 convolution, fewer groups at the border, no bias in q, k, v; 36
-# numbers for B_rel where it is local, a small MLP of the offset where dense; an MLP of ratio 2; seeds of an embedding.
+# numbers for B_rel where it is local, a small MLP of the offset where dense, near first; an MLP of ratio 2; seeds of an embedding.
 
 Tests: tests/siblings/test_grouping.py.  Read next: senatra.py.  h, w: the grid of the groups; d, d' width in and out.
 """
@@ -52,17 +52,44 @@ def unfolded(x):
     return x.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+class Neighbours(torch.autograd.Function):
+    """`neighbours`, whose gradient is `returned`: autograd would fill a map of zeros for each of the nine."""
+
+    @staticmethod
+    def forward(ctx, z):
+        h, w = z.shape[1:3]
+        z = F.pad(z, (0, 0, 1, 1, 1, 1))
+        return torch.stack([z[:, i:i + h, j:j + w] for i in range(3) for j in range(3)], 3)
+
+    @staticmethod
+    def backward(ctx, d):
+        return returned(d)
+
+
+class Returned(torch.autograd.Function):
+    """`returned`, whose gradient is `neighbours`."""
+
+    @staticmethod
+    def forward(ctx, y):
+        B, h, w, _, c = y.shape
+        z = y.new_zeros(B, h + 2, w + 2, c)
+        for n in range(9):
+            z[:, n // 3:n // 3 + h, n % 3:n % 3 + w] += y[..., n, :]
+        return z[:, 1:-1, 1:-1].contiguous()
+
+    @staticmethod
+    def backward(ctx, d):
+        return neighbours(d)
+
+
 def neighbours(z):
     """(B,h,w,c) -> (B,h,w,9,c): the 3x3 groups around each cell, row by row; zeros outside the map."""
-    h, w = z.shape[1:3]
-    z = F.pad(z, (0, 0, 1, 1, 1, 1))
-    return torch.stack([z[:, i:i + h, j:j + w] for i in range(3) for j in range(3)], 3)
+    return Neighbours.apply(z)
 
 
 def returned(y):
     """The transpose of `neighbours`: (B,h,w,9,c) -> (B,h,w,c), each group adds up what the cells around have for it."""
-    parts = (F.pad(y[..., n, :], (0, 0, n % 3, 2 - n % 3, n // 3, 2 - n // 3)) for n in range(9))
-    return sum(parts)[:, 1:-1, 1:-1]
+    return Returned.apply(y)
 
 
 def up(A, z):
@@ -138,6 +165,28 @@ class Uniform(nn.Module):
         return groups, bilinear(*groups.shape[1:3]).to(x.device, wide).expand(len(x), -1, -1, -1, -1)
 
 
+def nearness():
+    """B_rel of a dense layer, an MLP of the offset: at first -2 (s(dy) + s(dx)), s(t) = gelu(t) + gelu(-t), nearly |t|.
+
+    Groups begin where they lie, as the local layers' do.  Where no place is preferred at first, names alone leave nearly
+    all pixels to one group (docs/senatra.md).
+    """
+    mlp = MLP(2, 16, 1, act=F.gelu)
+    (first, last), both = mlp.layers, torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    for p in mlp.parameters():
+        nn.init.trunc_normal_(p, std=0.02)
+    with torch.no_grad():
+        first.weight[:4], first.bias[:4], last.weight[0, :4] = both, 0, -2
+    return mlp
+
+
+def places():
+    """B_rel of a local layer: a number for each of a cell's 4 inputs and 9 groups, no place preferred at first."""
+    table = nn.Embedding(4, 9)
+    nn.init.trunc_normal_(table.weight, std=0.02)
+    return table
+
+
 class Grouping(nn.Module):
     """Down-sampling by clustering: the header's four lines, `rounds` times.
 
@@ -152,9 +201,7 @@ class Grouping(nn.Module):
         self.k, self.v = nn.Linear(width, out, bias=False), nn.Linear(width, out, bias=False)
         self.q = nn.Linear(out, out, bias=False)              # one head: there must be one matrix to compose
         self.log_tau = nn.Parameter(torch.tensor(-0.5 * math.log(out)))
-        self.rel = (MLP(2, 16, 1, act=F.gelu) if dense else nn.Embedding(4, 9)) if rel_bias else None
-        for p in self.rel.parameters() if rel_bias else ():
-            nn.init.trunc_normal_(p, std=0.02)                # no place is preferred at first
+        self.rel = (nearness() if dense else places()) if rel_bias else None
         self.gru = nn.GRUCell(out, out) if gru else None
         self.norm_mean, self.mlp, self.norm_mlp = nn.LayerNorm(out), FeedForward(out, 2), nn.LayerNorm(out)
 

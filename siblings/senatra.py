@@ -50,8 +50,8 @@ WATCHED = dict(groups="groups", **{f"sharp {k}": f"sharp_{k}" for k in (2, 3, 4)
 SIZES = dict(                          # the paper's three, its depths from unofficial tables, and the world's
     T=dict(widths=(64, 128, 256, 512), mlp_ratio=3), B=dict(widths=(128, 256, 512, 1024), mlp_ratio=2),
     L=dict(widths=(192, 384, 768, 1536), mlp_ratio=2),
-    world=dict(widths=(24, 48, 96, 192), blocks=(1, 1, 3, 2), head_dim=24, patch=2, native_hidden=192,
-               supervision="names", switch=38_400))
+    world=dict(widths=(24, 48, 96, 192), blocks=(1, 1, 3, 2), head_dim=24, patch=2, window=4, native_hidden=192,
+               supervision="names", switch=25_600))           # window: the paper's 7 of 56, 28, 14 is 4 of 32, 16, 8
 SIZE_OF = {"world": "world", "coco": "T", "coco-eva": "B", "coco-large": "L", "coco-eva-large": "L"}
 HOUR = 6                               # how often ten minutes are in what `--pretrain` takes
 
@@ -162,7 +162,7 @@ class SeNaTra(Segmenter):
 
     Config = SeNaTraConfig
     PRESETS = {name: {**vlm, **SIZES[SIZE_OF[name]]} for name, vlm in VLMS.items()}
-    RECIPES = {"world": dict(           # 38,400 scenes of 32x32 and 9,600 of 64x64
+    RECIPES = {"world": dict(           # 25,600 scenes of 32x32 and 22,400 of 64x64
         steps=1500, batch=32, lr=2e-3, warmup=100, grad_clip=1.0, weight_decay=0.01, muon=True, save_every=200,
         log_every=20, val_images=1000, workers=0)}            # supervision=masks: steps=2000, batch=8
     ABLATIONS = {"uniform": dict(uniform=(2, 3, 4)), "uniform-2": dict(uniform=(2,)), "uniform-3": dict(uniform=(3,)),

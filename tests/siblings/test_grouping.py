@@ -198,6 +198,22 @@ def test_how_many_numbers_a_layer_has(dense, rel):
     assert count == 42 * 24**2 + 24 * 24 + 1 + rel
 
 
+@torch.no_grad()
+def test_a_dense_layer_starts_near():
+    """Of an offset (dy, dx) -2 (s(dy) + s(dx)) less than at home, s(t) = t erf(t/√2); equal logits give a grid."""
+    grouping = Grouping(4, 8, dense=True)
+    rel = grouping.rel(torch.tensor([[0.0, 0], [1, 0], [0, -1], [1, 1], [-2, 0]]))[:, 0]
+    assert (rel - rel[0]).tolist() == pytest.approx([0, -1.3654, -1.3654, -2.7308, -3.8180], abs=0.02)
+    A = grouping.assign(torch.zeros(1, 8, 6, 8), torch.zeros(1, 4, 3, 8))[0]
+    homes = torch.arange(12).view(4, 3).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(A.argmax(-1), homes.flatten())
+
+
+@torch.no_grad()
+def test_a_local_layer_starts_without_a_preference():
+    assert Grouping(4, 8).rel.weight.abs().max() < 0.1
+
+
 def test_tau_starts_where_attention_has_it():
     assert Grouping(8, 16).log_tau.exp().item() == pytest.approx(16**-0.5)
 

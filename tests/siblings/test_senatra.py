@@ -320,6 +320,11 @@ def test_attention_stays_in_windows_that_are_shifted_in_every_second_block_and_i
         [(8, 0), (8, 4)], [(8, 0)], [(8, 0)], [(0, 0), (0, 0)]]
 
 
+def test_the_worlds_windows_are_as_large_a_part_of_a_map_as_the_papers():
+    """7 of 56, 28 and 14 cells are 4 of 32, 16 and 8; wider ones mix an image's names into every group."""
+    assert preset("world", "senatra").net.window == 4 and preset("coco", "senatra").net.window == 8
+
+
 @torch.no_grad()
 def test_a_window_padded_or_not_sees_the_same():
     """A map of 12x8 in windows of 8: half of the lower window is padding, which nobody sees."""
@@ -408,7 +413,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(net):
     for name, p in net.named_parameters():
         if p.requires_grad:
             assert (id(p) in matrices) == (p.ndim == 2 and len(p) > 1), name          # a single row is none
-    assert config.recipe.muon and config.recipe.lr == 2e-3 and config.run.net.switch == 1200 * 32
+    assert config.recipe.muon and config.recipe.lr == 2e-3 and config.run.net.switch == 800 * 32
 
 
 def rows_of(net):
@@ -487,7 +492,7 @@ def test_the_hour_is_six_times_ten_minutes_and_leaves_a_small_run(tmp_path, monk
 
     monkeypatch.setattr(train, "train", trains)
     S.main(["--pretrain", "--out", str(place), "--seed", "3"])
-    assert asked == [(9000, 6 * 38_400, 3, False, "cpu")]
+    assert asked == [(9000, 6 * 25_600, 3, False, "cpu")]
     assert f"--init {place} starts from it" in capsys.readouterr().out
     assert {path.name for path in place.iterdir()} == {"config.json", "names.txt", "checkpoint.safetensors"}
     assert 3e6 < (place / "checkpoint.safetensors").stat().st_size < 4e6
