@@ -19,8 +19,8 @@ T is CLIP's text (L,E), frozen, s its scale; CLIP is never shown the image.  Wha
 
 # paper: four stages, local and then global attention, RoPE, both trainings and how each is read (arXiv 2505.16993).  It
 # has no code: all this from others' summaries of it, widths and depths of T, B, L from unofficial tables that agree.
-# ours: windows of 8x8, shifted in every second block, for neighbourhood attention; the text frozen, so no in-batch
-# negatives; the world's sizes; a native head that scores text, where the paper's has a list of classes.
+# ours: windows of 8x8 (the world: 4x4), shifted in every second block, for neighbourhood attention; the text frozen, so
+# no in-batch negatives; the world's sizes; a native head that scores text, where the paper's has a list of classes.
 
 Demo: `python -m siblings.senatra` counts parameters, `--pretrain` trains for an hour.  Pictures: studies/groups.py.
 Tests: tests/siblings/test_senatra.py, and tests/test_segmenter.py as for every model.

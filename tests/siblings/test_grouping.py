@@ -63,6 +63,13 @@ def test_returned_is_the_transpose_of_neighbours():
     assert (neighbours(z) * y).sum().item() == pytest.approx((z * returned(y)).sum().item())
 
 
+def test_the_gradients_of_both_written_by_hand_are_right():
+    """Analytic against numeric, once and twice, on an oblong map."""
+    for function, shape in ((neighbours, (2, 3, 4, 2)), (returned, (2, 3, 4, 9, 2))):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(function, x) and torch.autograd.gradgradcheck(function, x)
+
+
 # --- what A sums to -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("numbers", KINDS, ids=str)
 def test_every_row_of_a_ups_sums_to_1_and_every_column_of_a_down(numbers):
