@@ -307,7 +307,7 @@ def reach(module, x, y, column):
 
 def test_attention_stays_in_windows_that_are_shifted_in_every_second_block_and_is_global_at_the_end(net):
     """On 16x16: of cell (0, 0) the first window of 8; shifted, of cell (5, 5), those from 4 to 11.  8x8: all of it."""
-    net = build(small("senatra", blocks=(2, 1, 1, 2)).run).double()
+    net = build(small("senatra", blocks=(2, 1, 1, 2), window=8).run).double()
     first, second = net.levels[0]
     x = torch.randn(1, 16, 16, 8, dtype=torch.float64)
     window = torch.zeros(16, 16, dtype=torch.bool)
