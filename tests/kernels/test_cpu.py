@@ -104,6 +104,8 @@ def check_assignment(x, codes, beta=0.25):
     assert torch.equal(ours[1], theirs[1])
     ups = torch.randn_like(x), torch.randn_like(x[:, 0])
     check_equal([*ours[::2], *grads_of(ours[::2], ups, (x, codes))], [*theirs[::2], *grads_of(theirs[::2], ups, (x, codes))])
+    for output, up, inputs in ((2, ups[1], (x, codes)), (0, ups[0], (x,))):               # the loss alone, zq alone
+        check_equal(*(grads_of(form.quantise(x, codes, beta)[output], up, inputs) for form in (cpu, vq)))
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 9])

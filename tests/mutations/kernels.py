@@ -54,6 +54,8 @@ MUTATIONS = [
     Mutation(CPU, "beta is not in the loss", ".square().mean(1) * (1 + beta)", ".square().mean(1)"),
     Mutation(CPU, "beta is not in the gradient", "dzq - ctx.beta * dcode", "dzq - dcode"),
     Mutation(CPU, "beta is not in the loss's own gradient", "dx = -ctx.beta * dcode", "dx = -dcode"),
+    Mutation(CPU, "codes are trained through zq", "embedding_dense_backward(dcode,",
+             "embedding_dense_backward(dcode + (0 if dzq is None else dzq),"),
     Mutation(CPU, "the loss pushes apart", "dzq - ctx.beta", "dzq + ctx.beta"),
     Mutation(CPU, "codes get zeros for a gradient through zq", "        ctx.set_materialize_grads(False)\n", "",
              tests="tests/test_vq.py"),
