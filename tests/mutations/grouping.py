@@ -16,7 +16,7 @@ MUTATIONS = [
     Mutation(GROUPING, "what a cell gives back goes to its mirrored neighbour",
              "z[:, n // 3:n // 3 + h, n % 3:n % 3 + w] +=",
              "z[:, 2 - n // 3:2 - n // 3 + h, 2 - n % 3:2 - n % 3 + w] +="),
-    Mutation(GROUPING, "only the group of a cell's own place is given back", "for n in range(9))", "for n in (4,))"),
+    Mutation(GROUPING, "only the group of a cell's own place is given back", "for n in range(9):", "for n in (4,):"),
     Mutation(GROUPING, "the mean is a sum", "total[..., :-1] / total[..., -1:].clamp(min=1e-6)", "total[..., :-1]"),
     Mutation(GROUPING, "the mean is over all inputs alike", "total[..., -1:].clamp(min=1e-6)",
              "total[..., -1:].mean((1, 2), keepdim=True)"),
