@@ -25,7 +25,8 @@ belong to places; its A is what bilinear up-sampling assigns, and all the rest s
 
 # paper: the two matrices, their order, three rounds, skip connections, local then dense (arXiv 2505.16993).  It has no
 # code: from others' summaries of it.   # ours: a 3x3 convolution, fewer groups at the border, no bias in q, k, v; 36
-# numbers for B_rel where it is local, a small MLP of the offset where dense, near first; an MLP of ratio 2; seeds of an embedding.
+# numbers for B_rel where it is local, a small MLP of the offset where dense, near first; an MLP of ratio 2; seeds of an
+# embedding.
 
 Tests: tests/siblings/test_grouping.py.  Read next: senatra.py.  h, w: the grid of the groups; d, d' width in and out.
 """
