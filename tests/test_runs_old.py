@@ -40,7 +40,7 @@ def test_every_number_of_an_old_config_is_read(model, tmp_path):
     """All of the model's and the run's under their own names; PAT's in a run of SAN are nobody's."""
     config = load_config(written(tmp_path, model=model))
     renamed = {"kernels": "auto", "model": model}             # "torch" was what auto is on a CPU
-    younger = {"align_latent": False, "perceptual": False, "metric": "cosine"}    # there were not, or called otherwise: vmf
+    younger = {"align_latent": False, "perceptual": False, "recompute": False, "metric": "cosine"}     # vmf was its name
     numbers = flat(config)
     assert numbers == {name: renamed.get(name, as_now({**OLD, **younger}[name])) for name in numbers}
     assert isinstance(config, RunConfig) and isinstance(config.net, {"pat": PATConfig, "san": SANConfig}[model])
