@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from guards.stopping import SIGNALS, Stopped, Stopping
-from runs import read_checkpoint
+from runs import changed, read_checkpoint
 from tests.faults.kill import command
+from train import load_training, parse, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +59,7 @@ def test_once_training_is_over_one_signal_ends_the_program():
 
 def test_two_processes_that_are_told_to_stop_save_once_and_one_process_goes_on(tmp_path):
     """torchrun hands SIGTERM on.  One line says how to go on; one process does, and its first losses are those of one alone."""
-    words = command("san", 12, tmp_path / "run", ("--nproc_per_node=2",))
+    words = command("san", 13, tmp_path / "run", ("--nproc_per_node=2",))
     words[words.index("--set=save_every=1")] = "--set=save_every=1000"
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as agent:
         log = tmp_path / "run" / "log.jsonl"
@@ -67,9 +68,9 @@ def test_two_processes_that_are_told_to_stop_save_once_and_one_process_goes_on(t
         agent.send_signal(signal.SIGTERM)
         said, _ = agent.communicate(timeout=120)
     step = int(read_checkpoint(tmp_path / "run")[1]["step"])
-    assert said.count("asked to stop") == 1 and f"asked to stop: {step} of 12 steps are saved" in said and 2 <= step < 12
-    subprocess.run([sys.executable, ROOT / "train.py", "--resume", tmp_path / "run"], check=True, capture_output=True)
-    subprocess.run(command("san", 12, tmp_path / "alone"), check=True, capture_output=True)
+    assert said.count("asked to stop") == 1 and f"asked to stop: {step} of 13 steps are saved" in said and 2 <= step < 12
+    train(changed(load_training(tmp_path / "run"), stop_at=12), resume=True)              # here, and nothing is scored
+    train(changed(parse(command("san", 13, tmp_path / "alone")[2:])[0], stop_at=12))
     (a, b) = ([json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("run", "alone"))
     assert [line["step"] for line in a] == [line["step"] for line in b] == list(range(12))
     for mine, other in zip(a, b):                             # sums in another order; steps let it grow
