@@ -45,7 +45,7 @@ from guards.starting import same_run
 from runs import CHECKPOINTS, changed, closest, filled, flat, model_class
 from train import load_training, parse, parser_of, recipe, train
 
-STEPS = 500                                                   # a run in the world, unless --steps says otherwise
+BUDGET = dict(steps=300, val_images=300)                      # of a run in the world, unless flags say otherwise
 
 
 @dataclass(frozen=True)
@@ -391,8 +391,8 @@ def parse_ablations(argv=None):
     named = {name for name, text in given.items() if text is not None}
     named |= {pair.partition("=")[0].strip().replace("-", "_") for pair in given["set"]}
     check_flags(named, config)
-    if config.run.preset == "world" and "steps" not in named:
-        config = changed(config, steps=STEPS)
+    if config.run.preset == "world":
+        config = changed(config, **{name: number for name, number in BUDGET.items() if name not in named})
     return config, device, args.seeds, args.rows, only
 
 

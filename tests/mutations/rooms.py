@@ -80,6 +80,7 @@ MUTATIONS = [
     Mutation(GALLERY, "Fig. 6 clusters the codes, not what was quantised",
              'x = {stage: tokens.x[0] for', 'x = {stage: tokens.zq[0].roll(1, 0) for'),
     Mutation(ABLATIONS, "ranks are of the names", "read.get(row.name, row.name)][\"change\"][key]", "read.get(row.name, row.name)][\"finished\"]"),
+    Mutation(ABLATIONS, "the world's budget wins over a flag", "for name, number in BUDGET.items() if name not in named}", "for name, number in BUDGET.items()}"),
     Mutation(ABLATIONS, "the second readings count beside the first", "for row in ROWS if row.name not in AGAIN and", "for row in ROWS if"),
 
     # ---- the simplest baseline ----

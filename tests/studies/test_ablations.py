@@ -15,7 +15,7 @@ from pat import PAT
 from runs import build, flat
 from san import trainable
 from studies import ablations
-from studies.ablations import (AGAIN, OURS, ROWS, STEPS, Row, ablate, check_run, format_markdown, format_text, jobs,
+from studies.ablations import (AGAIN, OURS, ROWS, Row, ablate, check_run, format_markdown, format_text, jobs,
                                paper_change, parse_ablations, run_config, tabulate, verdict)
 from tests.helpers import tiny
 from train import Training, parse, recipe
@@ -352,11 +352,12 @@ def test_processes_take_their_share_without_a_process_group(tmp_path, monkeypatc
 
 def test_an_ablation_of_the_world_has_its_own_steps_and_three_seeds():
     config, _, seeds, rows, only = parse_ablations([])
-    assert (config, seeds, rows, only) == (recipe("world", steps=STEPS), 3, False, ())
+    assert (config, seeds, rows, only) == (recipe("world", steps=300, val_images=300), 3, False, ())
     assert parse_ablations(["--only", "pat,no-mixer"])[-1] == ("pat", "no-mixer")
     config, _, seeds, *_ = parse_ablations(["--seeds", "2", "--steps", "9", "--set", "align=literal"])
     assert (config.recipe.steps, config.run.net.align, seeds) == (9, "literal", 2)
     assert parse_ablations(["--set", "steps=9"])[0].recipe.steps == 9
+    assert parse_ablations(["--val-images", "7"])[0].recipe.val_images == 7
     assert parse_ablations(["--preset", "coco", "--data", "d"])[0].recipe.steps == 120_000
     config, *_ = parse([])
     assert (type(config), config.recipe.steps) == (Training, 1300)
