@@ -1,6 +1,6 @@
 """The paper's Table II on whatever you train on: switch one idea off at a time and see what breaks.
 
-    python -m studies.ablations --seeds 3                                     the world, 13 rows x 3 seeds
+    python -m studies.ablations --seeds 3                                     the world, 16 rows x 3 seeds
     torchrun --nproc_per_node=2 -m studies.ablations --seeds 3 --out DIR      the same, two runs at a time
     python -m studies.ablations --rows                                        the rows and the paper's changes
 
@@ -10,15 +10,14 @@ ordinary one, DIR/ROW-SEED, made by `train`, so eval.py reads it too.  The comma
 again: finished runs are skipped, a half-done one goes on from its checkpoint.  Seed 0 of all rows comes first.
 
 The budget is the same number of images for every row, steps * batch, the same ones in the same order for one seed.
-It is not the same time: in the world a step of 8 scenes takes 0.16 s in SAN, 0.53 in PAT, 0.75 at scale (4,4,4) (two
-runs at a time on two cores, one thread each), 5.9 s for the 13 rows together.  STEPS = 500, 4,000 scenes a run against
-10,400 in the default run, since 500 * 3 seeds * 5.9 s / 2 + 39 * 45 s of scoring and drawing / 2 = 5,300 s: an hour and
-a half on two quiet cores, two and more beside other work.  The schedule fits itself to the steps: warm-up 100, then
-poly decay to 0.
+It is not the same time: in the world a step of 8 scenes takes 0.3 s in SAN, 1.0 in PAT, 1.7 at scale (4,4,4) (two runs
+at a time on two cores, one thread each), 15 s for the 16 rows together.  BUDGET is 300 steps, 2,400 scenes a run against
+10,400 in the default run, and 300 test scenes, since (300 * 3 seeds * 15 s + 48 * 50 s of scoring and drawing) / 2 =
+8,000 s: two and a quarter hours.  The schedule fits itself to the steps: warm-up 100, then poly decay to 0.
 
 What is compared.  One row's change is its mean over seeds minus the default's, beside the change of the same row in the
 paper (EVA-CLIP ViT-B/16; mIoU on Pascal Context 59 and ADE20K 150 in points, rFID).  The numbers cannot be compared:
-other data, another CLIP, 225 times fewer images, and PSNR measures pixels where rFID measures statistics of Inception
+other data, another CLIP, 600 times fewer images, and PSNR measures pixels where rFID measures statistics of Inception
 features.  Directions can, `verdict` says when; masks by mIoU over all names against the mean of PC59 and A150, pixels
 by PSNR (higher is better) against rFID (lower is better).
 
