@@ -35,7 +35,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import RotaryEmbeddingCat
 from torch import nn
 from tqdm import tqdm
 
@@ -234,7 +233,7 @@ class EVA(VLM):
         super().__init__(model, tokenizer, scale, depths)
         theirs = self.trunk.rope                              # knows the size it was made for, no other
         with torch.device("cpu"):                             # computed, never loaded: not even then on "meta"
-            self.rope = RotaryEmbeddingCat(theirs.dim, in_pixels=False, ref_feat_shape=theirs.ref_feat_shape)
+            self.rope = type(theirs)(theirs.dim, in_pixels=False, ref_feat_shape=theirs.ref_feat_shape)
 
     trunk = property(lambda self: self.model.visual.trunk)
     patch = property(lambda self: self.trunk.patch_embed.proj)

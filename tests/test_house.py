@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -94,3 +96,10 @@ def test_no_room_knows_a_model_by_its_name_but_the_registry():
 def test_no_file_edits_the_search_path():
     for path in FILES:
         assert "sys.path" not in path.read_text(), path
+
+
+def test_a_wrong_flag_is_answered_before_any_library_of_models_is_loaded():
+    """open_clip, timm and torchvision take longer to load than torch: they wait until a model is built."""
+    program = "import sys, eval, predict, tokenizer, train; print({'open_clip', 'timm', 'torchvision'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "set()\n", done.stdout + done.stderr

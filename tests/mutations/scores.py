@@ -18,6 +18,8 @@ MUTATIONS = [
     Mutation("clip.py", "a tower is what it was, whatever became of it", "if marks != self.marks:", "if self.marks is None:"),
     Mutation("clip.py", "the tower is read for every list of names", "if marks != self.marks:", "if True:"),
     Mutation("clip.py", "weights put in another's place go unnoticed", "[(p.data_ptr(), p._version) for", "[p._version for"),
+    Mutation("clip.py", "a library of models is loaded before a flag is refused", "from tqdm import tqdm\n",
+             "from tqdm import tqdm\nimport timm  # noqa: E402\n", tests="tests/test_house.py -k wrong_flag"),
     Mutation("clip.py", "copies see cls", "mask[..., 1 + P:, 0] = CLS_BLOCK", "mask[..., 1 + P:, 0] = 0"),
     Mutation("clip.py", "copies do not see themselves", "mask[..., copies, copies] = 0", "pass"),
     Mutation("clip.py", "copies see each other", "mask[..., copies, copies] = 0", "mask[..., 1 + P:, 1 + P:] = 0"),
