@@ -337,8 +337,8 @@ FLAGS = {                                  # title -> {number of a config: what 
     "how": {"steps": "", "batch": "images a step, over all processes", "accumulate": "passes a step", "lr": "",
             "seed": "of weights and draws", "precision": "on a GPU: bf16 or fp32", "workers": "data-loading processes",
             "save_every": "steps", "save_minutes": "the same, by the clock"},
-    "where": {"out": "run directory", "init": "a run to start from", "resume": "a run to go on with; auto: the --out of this command, if it holds one (torchrun's default)",
-              "stop_at": "stop after so many steps"}}
+    "where": {"out": "run directory", "init": "a run to start from", "stop_at": "stop after so many steps",
+              "resume": "a run to go on with; auto: the --out of this command, if it holds one (torchrun's default)"}}
 
 
 def parser_of():

@@ -195,7 +195,8 @@ def own_device(device):
 
 
 def ablate(base, seeds, train, device="cpu", only=()):
-    """Train every row, or those called `only`, with seeds 0..seeds-1 and write the table; this process's share of it if torchrun started many.
+    """Train every row, or those called `only`, with seeds 0..seeds-1, and write the table; of many processes that torchrun
+    started, this one's share.
 
     base: the Training of the default row; train(config, resume, device): trains one run and leaves scores.json.  Each run
     has one process to itself, no process group is made.  Raises InputError for runs of other settings in the same

@@ -4,10 +4,11 @@
     python -m studies.seeds --seeds 3 --ablate no-mixer --out runs/no-mixer        runs/no-mixer-0, -1 and -2
     torchrun --nproc_per_node=2 -m studies.seeds --seeds 4         the same, two runs at a time
 
-Any flag of train.py may follow.  Seeds count on from --seed.  Each run is an ordinary one, made by train.py, so everything else reads it too.  The command
-can be stopped at any time and given again: finished runs are skipped, a half-done one goes on from its checkpoint.  At
-the end, and after each run, the table is printed and left as runs/world-san-seeds.txt and .json: every score of every
-seed, the mean, the lowest and the highest.  Compare means, and call a difference one where the ranges do not touch.
+Any flag of train.py may follow.  Seeds count on from --seed.  Each run is an ordinary one, made by train.py, so
+everything else reads it too.  The command can be stopped at any time and given again: finished runs are skipped, a
+half-done one goes on from its checkpoint.  At the end, and after each run, the table is printed and left as
+runs/world-san-seeds.txt and .json: every score of every seed, the mean, the lowest and the highest.  Compare means, and
+call a difference one where the ranges do not touch.
 
 Tests: tests/studies/test_seeds.py.  Read next: ablations.py, which does the same for every row of Table II.
 """
