@@ -1,6 +1,6 @@
 """Train a segmenter: one flat loop, the same for every model, on a laptop, on two processes and on GPUs.
 
-    python train.py                                           PAT in the built-in world, about ten minutes on two cores
+    python train.py                                           PAT in the built-in world, 10-20 minutes on two cores
     python train.py --model san                               the baseline on the same images
     python train.py --preset coco --data DIR                  the paper's recipe: COCO-Stuff, or a folder of yours
     torchrun --nproc_per_node=3 train.py --preset coco --data DIR
