@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat, build_rotary_pos_embed
 from torch import nn
 
 from cli import InputError, check_device, choice, number, parse_flags, run_cli, write_files
@@ -120,6 +119,7 @@ class Attn(SelfAttn):
     def forward(self, x, grid, mask=None):
         """x (B,T,S), the T cells of a grid -> (B,T,S)"""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # each (B,heads,T,d)
+        from timm.layers import apply_rot_embed_cat, build_rotary_pos_embed               # here: it loads as long as torch
         turn = build_rotary_pos_embed(grid, dim=q.shape[-1], in_pixels=False, device=x.device)
         q, k = (apply_rot_embed_cat(x, torch.cat(turn, -1)) for x in (q, k))
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
