@@ -99,7 +99,7 @@ def test_no_file_edits_the_search_path():
 
 
 def test_a_wrong_flag_is_answered_before_any_library_of_models_is_loaded():
-    """open_clip, timm and torchvision take longer to load than torch: they wait until a model is built."""
+    """open_clip, timm and torchvision take as long to load as torch: they wait until a model is built."""
     program = ("import sys, eval, predict, tokenizer, train\ntry:\n    train.parse(['--stepz', '1'])\nexcept train.InputError:\n"
                "    print({'open_clip', 'timm', 'torchvision'} & sys.modules.keys())")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
